@@ -1,0 +1,30 @@
+"""The one place that knows there are several Detectron2 and torch versions.
+
+Features are probed, version strings never compared: Detectron2's main branch still calls itself
+0.6, like the release of 2021. Everything else in `unseg` may use what 0.5, 0.6 and main share.
+"""
+
+import importlib.util
+from types import ModuleType
+
+INSTALL_HINT = (
+    "unseg needs Detectron2, which is not on PyPI under its own name. Install it with\n"
+    "  python -m pip install --no-build-isolation "
+    "'git+https://github.com/facebookresearch/detectron2.git'\n"
+    "or, for CPUs and a first try, with `python dev/install_detectron2.py` from unseg's repository."
+)
+
+
+def require_detectron2() -> None:
+    """Raise ImportError with the way to install Detectron2 if it is missing."""
+    if importlib.util.find_spec("detectron2") is None:
+        raise ImportError(INSTALL_HINT)
+
+
+def detectron2_extension() -> ModuleType | None:
+    """Detectron2's compiled module ``detectron2._C``, or None in a pure-Python build."""
+    try:
+        from detectron2 import _C
+    except ImportError:
+        return None
+    return _C

@@ -1,0 +1,27 @@
+"""Keys that several methods share: the mapper, the evaluators, the optimizer, weight averaging."""
+
+from detectron2.config import CfgNode
+
+
+def add_common_config(cfg: CfgNode) -> None:
+    """Add the shared keys to `cfg` in place."""
+    # Name in the MAPPERS registry (unseg.data.build) of the mapper for training and testing.
+    cfg.INPUT.MAPPER = "InstanceMapper"
+    # What to do with an image that cannot be read: "raise" (the error names the file), or "skip"
+    # (it is counted and another one takes its place; above 1 % of the data it raises anyway).
+    cfg.INPUT.ON_BAD_IMAGE = "raise"
+
+    # Names in the EVALUATORS registry (unseg.evaluation.build). Empty: chosen by each dataset's
+    # `evaluator_type` metadata.
+    cfg.TEST.EVALUATORS = ()
+    cfg.TEST.CLASS_AGNOSTIC = CfgNode()
+    # Caps on detections per image at which average recall is reported. AP is taken at 100.
+    # TEST.DETECTIONS_PER_IMAGE and the model's own caps must not be below the largest of them.
+    cfg.TEST.CLASS_AGNOSTIC.MAX_DETS = (1, 10, 100)
+
+    # SGD (with SOLVER.MOMENTUM, SOLVER.NESTEROV) or ADAMW (betas 0.9, 0.999).
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Exponential moving average of the weights, used for evaluation and saved in checkpoints.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False
+    cfg.SOLVER.EMA.DECAY = 0.999

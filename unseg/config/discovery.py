@@ -1,0 +1,59 @@
+"""cfg.DISCOVERY: how masks are found without labels, and what becomes a pseudo-mask.
+
+cfg.MODEL.FILTER_BANK: dense features without weights.
+"""
+
+from detectron2.config import CfgNode
+
+
+def add_discovery_config(cfg: CfgNode) -> None:
+    """Add the keys of the discoverers and of the filter-bank backbone to `cfg` in place."""
+    cfg.DISCOVERY = CfgNode()
+    # Name in the DISCOVERERS registry (unseg.discovery), used by META_ARCHITECTURE MaskDiscovery.
+    cfg.DISCOVERY.NAME = "FreeMask"
+    # The backbone output that the discoverer reads, e.g. "res5" or "filter_bank".
+    cfg.DISCOVERY.IN_FEATURE = "res5"
+    # unseg.tools.pseudo_masks: images per batch, the lowest score and the most masks per image
+    # that are written. They apply to whatever model produced the masks.
+    cfg.DISCOVERY.BATCH_SIZE = 8
+    cfg.DISCOVERY.SCORE_THRESHOLD = 0.0
+    cfg.DISCOVERY.MAX_MASKS_PER_IMAGE = 100
+
+    # Free Mask (FreeSOLO, section 3.1). Defaults are the paper's.
+    free_mask = cfg.DISCOVERY.FREE_MASK = CfgNode()
+    # Queries are the features resized by these factors.
+    free_mask.SCALES = (1.0, 0.5, 0.25)
+    # A pixel belongs to a mask where the min-max normalised similarity reaches this.
+    free_mask.MASK_THRESHOLD = 0.5
+    # Matrix NMS at feature resolution ("gaussian" or "linear"), then the best MAX_MASKS.
+    free_mask.NMS_KERNEL = "gaussian"
+    free_mask.NMS_SIGMA = 2.0
+    free_mask.MAX_MASKS = 20
+    # Masks are kept whose decayed maskness reaches this ...
+    free_mask.SCORE_THRESHOLD = 0.7
+    # ... whose centre lies below this fraction of the image height (sky and ceiling filter) ...
+    free_mask.MIN_CENTER_Y = 0.2
+    # ... whose box is narrower than this fraction of the image width ...
+    free_mask.MAX_WIDTH = 0.95
+    # ... and whose area lies within these fractions of the image.
+    free_mask.MIN_AREA = 0.0
+    free_mask.MAX_AREA = 1.0
+    # Length of the embedding stored with each mask: its query, resized along channels.
+    free_mask.EMBEDDING_DIM = 128
+
+    bank = cfg.MODEL.FILTER_BANK = CfgNode()
+    # Pixels per feature cell: 8 or 4.
+    bank.STRIDE = 8
+    # Wavelengths (pixels) and number of orientations of the Gabor energies.
+    bank.WAVELENGTHS = (4.0, 8.0)
+    bank.ORIENTATIONS = 4
+    # Weights of the whitened groups: colour (at blur 0 and at 2 cells), texture, position.
+    # Position 1.5 suits photographs, 0.7 the synthetic 160-pixel scenes.
+    bank.COLOR_WEIGHT = 1.0
+    bank.TEXTURE_WEIGHT = 0.3
+    bank.POSITION_WEIGHT = 1.5
+    # Whitening adds this fraction of the largest eigenvalue to all of them.
+    bank.DAMPING = 0.05
+    # Random Fourier lift: output channels and the bandwidth of the Gaussian kernel it stands for.
+    bank.CHANNELS = 256
+    bank.BANDWIDTH = 1.4

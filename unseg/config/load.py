@@ -1,0 +1,47 @@
+"""Build a config: Detectron2's defaults, `unseg`'s keys, a YAML file, command-line overrides."""
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.config import get_cfg as get_detectron2_cfg
+
+from unseg.config.common import add_common_config
+from unseg.config.discovery import add_discovery_config
+
+
+def add_unseg_config(cfg: CfgNode) -> None:
+    """Add every key of `unseg` to `cfg` (in place; a second call changes nothing).
+
+    Args:
+        cfg: a node from ``detectron2.config.get_cfg()``. Detectron2's global defaults stay as
+            they are.
+    """
+    if "DISCOVERY" in cfg:
+        return
+    add_common_config(cfg)
+    add_discovery_config(cfg)
+
+
+def get_cfg() -> CfgNode:
+    """Detectron2's default config with the keys of `unseg`."""
+    cfg = get_detectron2_cfg()
+    add_unseg_config(cfg)
+    return cfg
+
+
+def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
+    """The frozen config of a YAML file and ``KEY VALUE`` overrides.
+
+    The file is read without executing Python from it (``!!python/...`` tags are refused), which
+    Detectron2's own ``merge_from_file`` allows by default.
+
+    Raises:
+        yaml.constructor.ConstructorError: the YAML asks for a Python object.
+        KeyError: the file or an override names a key that does not exist.
+    """
+    cfg = get_cfg()
+    if config_file:
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    cfg.merge_from_list(list(opts))
+    cfg.freeze()
+    return cfg
