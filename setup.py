@@ -82,13 +82,14 @@ def extension() -> dict:
     )
     sources = sorted(str(p) for p in (ROOT / CSRC).glob("*.cpp"))
     sources += sorted(str(p) for p in (ROOT / CSRC / "cpu").glob("*.cpp"))
-    compile_args = {"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]}
+    # No -std: torch adds the one that its headers need.
+    compile_args = {"cxx": ["-O3", "-g0", "-fvisibility=hidden"]}
     macros = [("Py_LIMITED_API", "0x030A0000")]
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
         sources += sorted(str(p) for p in (ROOT / CSRC / "cuda").glob("*.cu"))
         macros.append(("WITH_CUDA", None))
-        compile_args["nvcc"] = ["-O3", "-std=c++17", *os.getenv("NVCC_FLAGS", "").split()]
+        compile_args["nvcc"] = ["-O3", *os.getenv("NVCC_FLAGS", "").split()]
     make = CUDAExtension if with_cuda else CppExtension
     module = make(
         "unseg._C",

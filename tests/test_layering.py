@@ -41,7 +41,8 @@ def imported_modules(path: Path) -> set[str]:
 
 def unseg_packages(path: Path) -> set[str]:
     parts = (name.split(".") for name in imported_modules(path))
-    return {p[1] for p in parts if p[0] == "unseg" and len(p) > 1 and p[1] != "__version__"}
+    own = {p[1] for p in parts if p[0] == "unseg" and len(p) > 1}
+    return own - {"__version__", "_C"}  # not packages
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 require_detectron2()
 
+from unseg import data, evaluation, modeling  # noqa: E402, F401 (imported to register)
+from unseg.config import add_unseg_config, get_cfg, load_config  # noqa: E402
 
-
-
-__all__ = ["__version__", ]
+__all__ = ["__version__", "add_unseg_config", "get_cfg", "load_config"]

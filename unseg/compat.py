@@ -28,3 +28,31 @@ def detectron2_extension() -> ModuleType | None:
     except ImportError:
         return None
     return _C
+
+
+def describe_detectron2() -> str:
+    """Version, kind of build and place, for people. Main calls itself 0.6 like the 2021 release."""
+    import inspect
+
+    import detectron2
+    from detectron2.engine import SimpleTrainer
+
+    # main's trainers take more arguments than those of the releases
+    newer = "gather_metric_period" in inspect.signature(SimpleTrainer.__init__).parameters
+    line = "main" if newer else "release"
+    extension = "with" if detectron2_extension() is not None else "without"
+    return (
+        f"{detectron2.__version__} ({line}, {extension} C++ extension) in {detectron2.__path__[0]}"
+    )
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells it."""
+    import platform
+
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = (line.split(":", 1)[1] for line in file if line.startswith("model name"))
+            return next(names).strip()
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

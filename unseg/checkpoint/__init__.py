@@ -1,0 +1,15 @@
+"""Weights on disk: safe loading, whole files, conversion of released checkpoints."""
+
+from unseg.checkpoint.checkpointer import SafeCheckpointer
+from unseg.checkpoint.convert import convert, save_converted
+from unseg.checkpoint.files import atomic_write
+from unseg.checkpoint.safe import CheckpointError, load_weights_file
+
+__all__ = [
+    "CheckpointError",
+    "SafeCheckpointer",
+    "atomic_write",
+    "convert",
+    "load_weights_file",
+    "save_converted",
+]

@@ -1,12 +1,16 @@
 """Build a config: Detectron2's defaults, `unseg`'s keys, a YAML file, command-line overrides."""
 
+import logging
 from collections.abc import Sequence
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from unseg.config.common import add_common_config
 from unseg.config.discovery import add_discovery_config
+
+logger = logging.getLogger(__name__)
 
 
 def add_unseg_config(cfg: CfgNode) -> None:
@@ -33,7 +37,8 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     """The frozen config of a YAML file and ``KEY VALUE`` overrides.
 
     The file is read without executing Python from it (``!!python/...`` tags are refused), which
-    Detectron2's own ``merge_from_file`` allows by default.
+    Detectron2's own ``merge_from_file`` allows by default. Without a GPU, ``MODEL.DEVICE`` becomes
+    "cpu".
 
     Raises:
         yaml.constructor.ConstructorError: the YAML asks for a Python object.
@@ -43,5 +48,8 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     if config_file:
         cfg.merge_from_file(config_file, allow_unsafe=False)
     cfg.merge_from_list(list(opts))
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("CUDA is not available: MODEL.DEVICE is cpu instead of %s", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     return cfg

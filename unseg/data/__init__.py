@@ -1,0 +1,15 @@
+"""Data sets, mappers and loaders. Importing registers the data sets and mappers."""
+
+from unseg.data import datasets as _datasets  # noqa: F401 (registers)
+from unseg.data.build import build_test_loader, build_train_loader
+from unseg.data.datasets.pseudo import register_datasets_in_config, register_pseudo_masks
+from unseg.data.mappers import MAPPERS, build_mapper
+
+__all__ = [
+    "MAPPERS",
+    "build_mapper",
+    "build_test_loader",
+    "build_train_loader",
+    "register_datasets_in_config",
+    "register_pseudo_masks",
+]

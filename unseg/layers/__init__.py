@@ -1,0 +1,17 @@
+"""Operations on tensors: mask overlaps and suppression, compiled where possible."""
+
+from unseg.layers.mask_ops import batched_mask_nms, keep_decayed, mask_iou, mask_nms, matrix_nms
+from unseg.layers.native import backend, has_native
+from unseg.layers.packed_masks import PackedMasks, pack_masks
+
+__all__ = [
+    "PackedMasks",
+    "backend",
+    "batched_mask_nms",
+    "has_native",
+    "keep_decayed",
+    "mask_iou",
+    "mask_nms",
+    "matrix_nms",
+    "pack_masks",
+]

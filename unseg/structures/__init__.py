@@ -1,0 +1,19 @@
+"""Small containers."""
+
+from unseg.structures.pseudo_mask import (
+    RLE,
+    ImageRecord,
+    PseudoMask,
+    encode_masks,
+    make_pseudo_masks,
+    stack_masks,
+)
+
+__all__ = [
+    "RLE",
+    "ImageRecord",
+    "PseudoMask",
+    "encode_masks",
+    "make_pseudo_masks",
+    "stack_masks",
+]

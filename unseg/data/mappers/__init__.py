@@ -1,0 +1,6 @@
+"""From dataset dicts to the inputs of models."""
+
+from unseg.data.mappers.instance_mapper import InstanceMapper
+from unseg.data.mappers.registry import MAPPERS, build_mapper
+
+__all__ = ["MAPPERS", "InstanceMapper", "build_mapper"]

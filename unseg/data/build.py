@@ -1,0 +1,96 @@
+"""Build the loaders of training and testing from a config."""
+
+import logging
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader
+
+from unseg.data.mappers import build_mapper
+from unseg.data.sampling import DrawDataset, ResumableLoader, TrainingBatchSampler
+
+logger = logging.getLogger(__name__)
+
+
+def _training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
+    return get_detection_dataset_dicts(
+        list(cfg.DATASETS.TRAIN),
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+
+
+def _repeat_factors(cfg: CfgNode, dicts: list[dict[str, Any]]) -> np.ndarray | None:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return None
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        return factors.double().numpy()
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN {name!r} is not supported: use TrainingSampler or "
+        "RepeatFactorTrainingSampler"
+    )
+
+
+def build_train_loader(cfg: CfgNode) -> ResumableLoader:
+    """Batches of ``DATASETS.TRAIN`` for this rank, reproducible from ``SEED``.
+
+    DATALOADER.*, SOLVER.IMS_PER_BATCH and INPUT.* are read as well. With ``SEED`` -1 a seed is
+    drawn; it is the loader's ``seed``.
+
+    Raises:
+        ValueError: the batch is not divisible by the number of ranks, or a setting is unknown.
+    """
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not a positive multiple of the "
+            f"number of processes, {world_size}"
+        )
+    if cfg.INPUT.ON_BAD_IMAGE not in ("raise", "skip"):
+        raise ValueError(f"INPUT.ON_BAD_IMAGE must be raise or skip: {cfg.INPUT.ON_BAD_IMAGE!r}")
+    dicts = _training_dicts(cfg)
+    is_wide = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        is_wide = np.array([d["width"] > d["height"] for d in dicts])
+    repeat_factors = _repeat_factors(cfg, dicts)
+
+    def make_batches(seed: int, start_iteration: int) -> TrainingBatchSampler:
+        return TrainingBatchSampler(
+            len(dicts),
+            cfg.SOLVER.IMS_PER_BATCH // world_size,
+            seed=seed,
+            start_batch=start_iteration,
+            rank=comm.get_rank(),
+            world_size=world_size,
+            is_wide=is_wide,
+            repeat_factors=repeat_factors,
+        )
+
+    dataset = DrawDataset(
+        DatasetFromList(dicts, copy=False),  # serialised: workers do not copy it page by page
+        build_mapper(cfg, True),
+        skip_bad=cfg.INPUT.ON_BAD_IMAGE == "skip",
+    )
+    return ResumableLoader(
+        dataset,
+        make_batches,
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """Detectron2's test loader with the mapper of ``cfg.INPUT.MAPPER``."""
+    return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, False))

@@ -1,0 +1,117 @@
+"""The default mapper: one view of an image with its instance masks."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Instances
+
+from unseg.data.image import read_image
+from unseg.data.mappers.registry import MAPPERS
+
+_USED_FIELDS = ("bbox", "bbox_mode", "segmentation", "category_id")
+
+
+@MAPPERS.register()
+class InstanceMapper:
+    """Detectron2's default mapper for any image file and any mask encoding.
+
+    Differs from ``detectron2.data.DatasetMapper`` in reading every kind of image (see
+    :func:`unseg.data.image.read_image`), in accepting run-length encoded masks whatever
+    ``INPUT.MASK_FORMAT`` says, and in boxes that are always recomputed from the transformed masks
+    (pseudo-masks have no boxes of their own).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        augmentations: Sequence[T.Augmentation | T.Transform],
+        image_format: str = "RGB",
+        with_masks: bool = True,
+    ):
+        """
+        Args:
+            is_train: also return the annotations, as ``instances``.
+            augmentations: applied to the image and the masks.
+            image_format: "RGB" or "BGR".
+            with_masks: give ``instances`` the field ``gt_masks`` (BitMasks).
+        """
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.with_masks = with_masks
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
+        augmentations = detection_utils.build_augmentation(cfg, is_train)
+        if cfg.INPUT.CROP.ENABLED and is_train:
+            augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+        return {
+            "is_train": is_train,
+            "augmentations": augmentations,
+            "image_format": cfg.INPUT.FORMAT,
+            "with_masks": cfg.MODEL.MASK_ON,
+        }
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            dataset_dict: one image in Detectron2's dataset format.
+
+        Returns:
+            a copy with ``image`` (3, H, W) uint8 and, in training, ``instances`` with gt_boxes,
+            gt_classes and gt_masks instead of ``annotations``.
+
+        Raises:
+            ImageReadError: the image cannot be read.
+            SizeMismatchError: its size is not the one in the dict.
+            ValueError: masks are wanted and an annotation has none.
+        """
+        dataset_dict = copy.copy(dataset_dict)
+        annotations = dataset_dict.pop("annotations", [])
+        image = read_image(dataset_dict["file_name"], self.image_format)
+        detection_utils.check_image_size(dataset_dict, image)
+        augmented = T.AugInput(image)
+        transforms = self.augmentations(augmented)
+        image = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        dataset_dict["image"] = torch.from_numpy(image)
+        if self.is_train:
+            try:
+                instances = self._instances(annotations, transforms, image.shape[1:])
+            except ValueError as error:
+                raise ValueError(f"{dataset_dict['file_name']}: {error}") from error
+            dataset_dict["instances"] = instances
+        return dataset_dict
+
+    def _instances(
+        self, annotations: list[dict], transforms: T.TransformList, size: tuple[int, int]
+    ) -> Instances:
+        """Transformed annotations without crowds, and without those that fell out of view."""
+        transformed = [
+            detection_utils.transform_instance_annotations(
+                # a deep copy, because transforms may write into polygons
+                copy.deepcopy({k: annotation[k] for k in _USED_FIELDS if k in annotation}),
+                transforms,
+                size,
+            )
+            for annotation in annotations
+            if not annotation.get("iscrowd", 0)
+        ]
+        instances = detection_utils.annotations_to_instances(transformed, size, "bitmask")
+        if instances.has("gt_masks"):
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        elif self.with_masks and len(instances):
+            raise ValueError("its annotations have no 'segmentation', but MODEL.MASK_ON is True")
+        elif self.with_masks:  # models read the field also from images without objects
+            instances.gt_masks = BitMasks(torch.zeros((0, *size), dtype=torch.bool))
+        instances = detection_utils.filter_empty_instances(instances)
+        if not self.with_masks and instances.has("gt_masks"):
+            instances.remove("gt_masks")
+        return instances

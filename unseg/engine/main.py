@@ -1,0 +1,59 @@
+"""The one main() behind every train_net.py."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from unseg.checkpoint import SafeCheckpointer
+from unseg.config import load_config
+from unseg.data import register_datasets_in_config
+from unseg.engine.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The config of the command line, with its data sets registered and logging set up."""
+    cfg = load_config(args.config_file, args.opts)
+    register_datasets_in_config(cfg)
+    default_setup(cfg, args)
+    return cfg
+
+
+def run(args: argparse.Namespace, trainer_class: type[Trainer] = Trainer) -> Any:
+    """Train, or with ``--eval-only`` evaluate, in this process; returns the results if any."""
+    cfg = setup(args)
+    if not args.eval_only:
+        trainer = trainer_class(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    model = trainer_class.build_model(cfg)
+    SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = trainer_class.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def main(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Trainer) -> Any:
+    """Entry point with Detectron2's flags: config, opts, GPUs, machines, resume, eval-only.
+
+    Args:
+        argv: the command line; default ``sys.argv``.
+        trainer_class: what trains.
+    """
+    args = default_argument_parser().parse_args(argv)
+    return launch(
+        run,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args, trainer_class),
+    )

@@ -1,0 +1,309 @@
+"""Masks for a whole data set or folder from any model, as a pseudo-mask file."""
+
+import base64
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Instances
+from torch import nn
+
+from unseg.data import build_mapper
+from unseg.data.image import EXTENSIONS, ImageReadError, read_image_size
+from unseg.discovery import write_pseudo_masks
+from unseg.discovery.statistics import MaskStatistics
+from unseg.engine.sharded_map import WorkDir, sharded_map
+from unseg.structures import ImageRecord, PseudoMask, make_pseudo_masks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """The images to find masks in.
+
+    Attributes:
+        root: folder or URI prefix of the file names.
+        images: records without masks, file names relative to the root.
+        unreadable: images that were left out because their header could not be read.
+    """
+
+    root: str
+    images: list[ImageRecord]
+    unreadable: int = 0
+
+
+def images_in_folder(folder: str | os.PathLike, *, skip_bad: bool = False) -> ImageSource:
+    """All images below a folder, in the order of their paths, with ids from 1.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+        ImageReadError: an image cannot be read, unless `skip_bad`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no image ({', '.join(EXTENSIONS)})")
+
+    def size(path: Path) -> tuple[int, int] | None:
+        try:
+            return read_image_size(str(path))
+        except ImageReadError as error:
+            if not skip_bad:
+                raise
+            logger.warning("left out %s", error)
+            return None
+
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(size, paths))
+    images = [
+        ImageRecord(path.relative_to(folder).as_posix(), *hw, image_id=number)
+        for number, (path, hw) in enumerate(zip(paths, sizes, strict=True), start=1)
+        if hw is not None
+    ]
+    return ImageSource(str(folder), images, unreadable=len(paths) - len(images))
+
+
+def images_of_dataset(name: str) -> ImageSource:
+    """The images of a registered data set, with its image ids."""
+    root = str(MetadataCatalog.get(name).get("image_root", "")).rstrip("/")
+    images = []
+    for d in DatasetCatalog.get(name):
+        file_name = d["file_name"]
+        if root and file_name.startswith(root + "/"):
+            file_name = file_name[len(root) + 1 :]
+        images.append(ImageRecord(file_name, d["height"], d["width"], d["image_id"]))
+    if not images:
+        raise ValueError(f"data set {name} holds no image")
+    return ImageSource(root, images)
+
+
+class _Loader:
+    """Loads unit i: a fixed batch from the list of images sorted by size."""
+
+    def __init__(self, cfg: CfgNode, source: ImageSource):
+        self.mapper = build_mapper(cfg, False)
+        self.root = source.root
+        self.skip_bad = cfg.INPUT.ON_BAD_IMAGE == "skip"
+        images = source.images
+        order = sorted(range(len(images)), key=lambda i: (images[i].height, images[i].width, i))
+        size = cfg.DISCOVERY.BATCH_SIZE
+        self.units = [order[i : i + size] for i in range(0, len(order), size)]
+        self.images = images
+
+    def __call__(self, unit: int) -> list[tuple[int, dict[str, Any] | None]]:
+        return [(index, self._load(self.images[index])) for index in self.units[unit]]
+
+    def _load(self, image: ImageRecord) -> dict[str, Any] | None:
+        path = f"{self.root}/{image.file_name}" if self.root else image.file_name
+        record = {"file_name": path, "height": image.height, "width": image.width}
+        try:
+            return self.mapper(record)
+        except ImageReadError as error:
+            if not self.skip_bad:
+                raise
+            logger.warning("left out %s", error)
+            return None
+
+
+class _Labeller:
+    """Runs the model on a loaded unit and keeps the masks that the config lets pass."""
+
+    def __init__(self, cfg: CfgNode, model: nn.Module):
+        self.model = model.eval()
+        self.score_threshold = cfg.DISCOVERY.SCORE_THRESHOLD
+        self.max_masks = cfg.DISCOVERY.MAX_MASKS_PER_IMAGE
+
+    def __call__(self, loaded: list[tuple[int, dict | None]]) -> tuple[dict[str, Any], int]:
+        good = [(index, x) for index, x in loaded if x is not None]
+        dropped: Counter[str] = Counter()
+        found = self._find([x for _, x in good], dropped) if good else []
+        images = {
+            str(index): [_to_json(mask) for mask in self._select(masks, dropped)]
+            for (index, _), masks in zip(good, found, strict=True)
+        }
+        return {"images": images, "dropped": dropped}, len(loaded)
+
+    @torch.no_grad()
+    def _find(self, inputs: list[dict], dropped: Counter) -> list[list[PseudoMask]]:
+        if hasattr(self.model, "discover"):
+            self.model.dropped.clear()
+            found = self.model.discover(inputs)
+            dropped.update(self.model.dropped)
+            return found
+        return [_from_instances(output["instances"]) for output in self.model(inputs)]
+
+    def _select(self, masks: list[PseudoMask], dropped: Counter) -> list[PseudoMask]:
+        confident = [m for m in masks if m.score >= self.score_threshold]
+        kept = [m for m in confident if m.area > 0]
+        kept = sorted(kept, key=lambda m: -m.score)[: self.max_masks]
+        dropped["low score"] += len(masks) - len(confident)
+        dropped["empty or beyond the best"] += len(confident) - len(kept)
+        return kept
+
+
+def _from_instances(instances: Instances) -> list[PseudoMask]:
+    embeddings = instances.pred_embeddings if instances.has("pred_embeddings") else None
+    return make_pseudo_masks(instances.pred_masks, instances.scores, embeddings)
+
+
+def _to_json(mask: PseudoMask) -> dict[str, Any]:
+    counts = mask.rle["counts"]
+    result = {
+        "size": list(mask.rle["size"]),
+        "counts": counts.decode() if isinstance(counts, bytes) else counts,
+        "score": mask.score,
+    }
+    if mask.embedding is not None:
+        half = np.asarray(mask.embedding, dtype=np.float16)
+        result["embedding"] = base64.b64encode(half.tobytes()).decode()
+    return result
+
+
+def _from_json(entry: dict[str, Any]) -> PseudoMask:
+    rle = {"size": entry["size"], "counts": entry["counts"].encode()}
+    embedding = None
+    if "embedding" in entry:
+        data = base64.b64decode(entry["embedding"])
+        embedding = np.frombuffer(data, dtype=np.float16).astype(np.float32)
+    return PseudoMask(rle, entry["score"], embedding)
+
+
+class PseudoMaskJob:
+    """Finds masks in all images of a source and writes them to one file.
+
+    Work in progress lies in ``<output>.parts``. Any number of processes, on any number of machines
+    that share the folder, may each work on a shard; the file is the same whatever their number.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        source: ImageSource,
+        output: str | os.PathLike,
+        *,
+        weights: str | None = None,
+    ):
+        """
+        Args:
+            cfg: model, mapper and DISCOVERY settings.
+            source: the images.
+            output: the JSON file to write.
+            weights: path of the weights the model was built with; its hash becomes part of the
+                job. Default ``cfg.MODEL.WEIGHTS``.
+        """
+        self.source = source
+        self.output = Path(output)
+        self.loader = _Loader(cfg, source)
+        self.cfg = cfg
+        self.info = {
+            "settings": _settings(cfg),
+            "weights": _file_hash(cfg.MODEL.WEIGHTS if weights is None else weights),
+            "images": _list_hash(source.images),
+        }
+        self.work_dir = WorkDir(f"{self.output}.parts", self.info, len(self.loader.units))
+
+    def start(self, *, resume: bool) -> None:
+        """Open the work folder; see :meth:`WorkDir.open`. One process does this, before all."""
+        self.work_dir.open(resume=resume)
+
+    def run(self, model: nn.Module, *, shard: int = 0, num_shards: int = 1) -> None:
+        """Work through one shard. Needs :meth:`start` first."""
+        sharded_map(
+            self.loader,
+            _Labeller(self.cfg, model),
+            self.work_dir,
+            shard=shard,
+            num_shards=num_shards,
+            num_workers=self.cfg.DATALOADER.NUM_WORKERS,
+        )
+
+    def collect_if_complete(self) -> MaskStatistics | None:
+        """:meth:`collect` once every unit is finished, by whichever process gets here first.
+
+        Returns:
+            None if units are still missing (the log says how many) or another process is collecting.
+        """
+        with self.work_dir.lock() as locked:
+            if not locked:
+                return None
+            missing = self.work_dir.num_units - len(self.work_dir.finished())
+            if missing:
+                logger.info(
+                    "%d of %d batches are still to be done by other processes; run one of them "
+                    "again if it has died",
+                    missing,
+                    self.work_dir.num_units,
+                )
+                return None
+            return self.collect()
+
+    def collect(self) -> MaskStatistics:
+        """Write the output file from the finished units and remove the work folder."""
+        dropped: Counter[str] = Counter()
+        images: dict[int, list[PseudoMask]] = {}
+        for result in self.work_dir.results():
+            dropped.update(result["dropped"])
+            for index, entries in result["images"].items():
+                images[int(index)] = [_from_json(entry) for entry in entries]
+        statistics = MaskStatistics(dropped=dropped)
+        statistics.unreadable_images = self.source.unreadable + (
+            len(self.source.images) - len(images)
+        )
+        write_pseudo_masks(self.output, self._records(images, statistics), info=self.info)
+        self.work_dir.remove()
+        return statistics
+
+    def _records(
+        self, images: dict[int, list[PseudoMask]], statistics: MaskStatistics
+    ) -> Iterator[ImageRecord]:
+        for index, image in enumerate(self.source.images):
+            if index in images:
+                record = ImageRecord(
+                    image.file_name, image.height, image.width, image.image_id, images[index]
+                )
+                statistics.add(record)
+                yield record
+
+
+def _settings(cfg: CfgNode) -> dict[str, Any]:
+    """The parts of a config that masks depend on, without paths and process counts."""
+    content = cfg.clone()
+    content.defrost()
+    content.MODEL.WEIGHTS = ""
+    content.MODEL.DEVICE = ""
+    return {key: _plain(content[key]) for key in ("MODEL", "INPUT", "TEST", "DISCOVERY")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def _file_hash(path: str) -> str:
+    """sha256 of a weights file, or the name itself where it is not a local file."""
+    if not os.path.isfile(path):
+        return path
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _list_hash(images: Sequence[ImageRecord]) -> str:
+    digest = hashlib.sha256()
+    for image in images:
+        entry = (image.file_name, image.height, image.width, image.image_id)
+        digest.update(repr(entry).encode())
+    return digest.hexdigest()

@@ -1,0 +1,41 @@
+"""Detectron2's class-aware evaluators under their own names in the EVALUATORS registry."""
+
+import detectron2.evaluation as detectron2_evaluation
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+
+from unseg.compat import detectron2_extension
+from unseg.evaluation.build import EVALUATORS
+from unseg.evaluation.coco_class_agnostic import output_folder
+
+
+def _refuse_one_class(cfg: CfgNode, dataset_name: str, evaluator: str) -> None:
+    """A one-class model on a dataset of several classes would be scored on the first class."""
+    classes = MetadataCatalog.get(dataset_name).get("thing_classes", [])
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1 and len(classes) > 1:
+        raise ValueError(
+            f"{evaluator} on {dataset_name!r} would take every prediction of a one-class model "
+            f"(MODEL.ROI_HEADS.NUM_CLASSES 1) for {classes[0]!r}: use ClassAgnosticCOCOEvaluator"
+        )
+
+
+@EVALUATORS.register()
+def COCOEvaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:  # noqa: N802
+    """Detectron2's COCOEvaluator, for class-aware models."""
+    _refuse_one_class(cfg, dataset_name, "COCOEvaluator")
+    return detectron2_evaluation.COCOEvaluator(
+        dataset_name,
+        output_dir=output_folder(cfg, dataset_name),
+        # Detectron2 0.5 without its C++ extension crashes on the first prediction otherwise.
+        use_fast_impl=hasattr(detectron2_extension(), "COCOevalEvaluateImages"),
+    )
+
+
+@EVALUATORS.register()
+def LVISEvaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:  # noqa: N802
+    """Detectron2's LVISEvaluator (lvis-api), for class-aware models."""
+    _refuse_one_class(cfg, dataset_name, "LVISEvaluator")
+    return detectron2_evaluation.LVISEvaluator(
+        dataset_name, output_dir=output_folder(cfg, dataset_name)
+    )

@@ -1,0 +1,165 @@
+// unseg::mask_overlap, unseg::mask_nms and unseg::matrix_nms_decay on the CPU.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
+#include <memory>
+#include <utility>
+
+#include "ordered_masks.h"
+
+namespace unseg {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+void check_cpu(const at::Tensor& bits, const at::Tensor& meta, const char* name) {
+  check_packed(bits, meta, name);
+  TORCH_CHECK(bits.is_cpu(), name, " must be on the CPU");
+}
+
+at::Tensor mask_overlap(const at::Tensor& bits1, const at::Tensor& meta1,
+                        const OptionalTensor& labels1, const OptionalTensor& bits2,
+                        const OptionalTensor& meta2, const OptionalTensor& labels2, int64_t mode) {
+  TORCH_CHECK_VALUE(mode >= kIoU && mode <= kInter, "mode must be 0 to 4, not ", mode);
+  check_cpu(bits1, meta1, "masks1");
+  const bool self = !bits2.has_value();
+  TORCH_CHECK_VALUE(self != meta2.has_value(), "bits2 and meta2 must be given together");
+  if (!self) {
+    check_cpu(*bits2, *meta2, "masks2");
+    TORCH_CHECK_VALUE(bits1.size(1) == bits2->size(1), "masks1 has ", bits1.size(1),
+                      " words a row, masks2 has ", bits2->size(1));
+  }
+  TORCH_CHECK_VALUE(labels1.has_value() == (self ? labels1 : labels2).has_value(),
+                    "labels1 and labels2 must be given together");
+  std::vector<int32_t> small1, small2;
+  const int64_t n = bits1.size(0), m = self ? n : bits2->size(0);
+  small_labels(labels1, n, self ? OptionalTensor() : labels2, m, &small1, &small2);
+  const OrderedMasks first(bits1, meta1, small1, nullptr);
+  std::unique_ptr<OrderedMasks> second;
+  if (!self) second = std::make_unique<OrderedMasks>(*bits2, *meta2, small2, nullptr);
+  const MaskView& a = first.view();
+  const MaskView& b = self ? a : second->view();
+
+  at::Tensor out = at::empty({n, m}, mode == kInter ? at::kInt : at::kFloat);
+  void* values = out.mutable_data_ptr();
+  const bool mirror = self && mode != kIoA && mode != kIoB;
+  std::vector<std::pair<int64_t, int64_t>> tiles;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    for (int64_t j = mirror ? i : 0; j < m; j += kBlock) tiles.emplace_back(i, j);
+  }
+  const MaskKernels& kernels = mask_kernels();
+  at::parallel_for(0, static_cast<int64_t>(tiles.size()), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      kernels.overlap_tile(a, b, tiles[t].first, tiles[t].second, static_cast<int>(mode), mirror,
+                           values, m);
+    }
+  });
+  return out;
+}
+
+// Greedy NMS, 64 candidates at a time: each is first tested against the masks kept so far, all
+// candidates side by side; then, one after the other, against the candidates kept before it. What
+// is kept does not depend on the number of threads.
+at::Tensor mask_nms(const at::Tensor& bits, const at::Tensor& meta, const OptionalTensor& labels,
+                    const at::Tensor& order, double threshold, int64_t mode) {
+  TORCH_CHECK_VALUE(mode >= kIoU && mode < kInter, "mode must be 0 to 3, not ", mode);
+  TORCH_CHECK_VALUE(threshold >= 0, "iou_threshold must be at least 0, not ", threshold);
+  check_cpu(bits, meta, "masks");
+  std::vector<int32_t> small, none;
+  const int64_t n = bits.size(0), words = bits.size(1);
+  small_labels(labels, n, std::nullopt, 0, &small, &none);
+  const OrderedMasks all(bits, meta, small, &order);
+  const MaskView& masks = all.view();
+  OrderedMasks kept(n);
+  const MaskKernels& kernels = mask_kernels();
+  const int overlap = static_cast<int>(mode);
+
+  at::Tensor keep = at::zeros({n}, at::kBool);
+  bool* flags = keep.mutable_data_ptr<bool>();
+  const int64_t* indices = order.const_data_ptr<int64_t>();
+  int64_t last_counted = 0;  // pairs counted for the block before: what the next one will cost
+  for (int64_t block = 0; block < n; block += kBlock) {
+    const int64_t size = std::min(kBlock, n - block);
+    std::array<bool, kBlock> dropped{};
+    std::array<int64_t, kBlock> counted{};
+    const auto test = [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        dropped[k] =
+            kernels.suppressed(kept.view(), 0, masks, block + k, overlap, threshold, &counted[k]);
+      }
+    };
+    // Waking threads takes as long as some 100 000 bounds or words.
+    const bool worth = kept.view().count * size + last_counted * words > 100000;
+    at::parallel_for(0, size, worth ? 8 : size, test);
+    last_counted = 0;
+    const int64_t before = kept.view().count;
+    for (int64_t k = 0; k < size; ++k) {
+      last_counted += counted[k];
+      if (dropped[k] || kernels.suppressed(kept.view(), before, masks, block + k, overlap,
+                                           threshold, &last_counted)) {
+        continue;
+      }
+      kept.append(masks, block + k);
+      flags[indices[block + k]] = true;
+    }
+  }
+  return keep;
+}
+
+// Calls body(j) for all columns. Column j costs about j, so a thread takes columns from both ends.
+template <typename Body>
+void for_columns(int64_t n, Body body) {
+  const int64_t pairs = (n + 1) / 2;
+  const int64_t grain = 20000 / (n + 1) + 1;
+  at::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
+    body(begin, end);
+    const int64_t upper = std::max(n - end, pairs);
+    if (upper < n - begin) body(upper, n - begin);
+  });
+}
+
+at::Tensor matrix_nms_decay(const at::Tensor& bits, const at::Tensor& meta,
+                            const OptionalTensor& labels, const at::Tensor& order, int64_t kernel,
+                            double sigma) {
+  TORCH_CHECK_VALUE(kernel == kGaussian || kernel == kLinear, "kernel must be 0 or 1, not ",
+                    kernel);
+  TORCH_CHECK_VALUE(kernel == kLinear || (sigma > 0 && std::isfinite(sigma)),
+                    "sigma must be positive and finite, not ", sigma);
+  check_cpu(bits, meta, "masks");
+  std::vector<int32_t> small, none;
+  const int64_t n = bits.size(0);
+  small_labels(labels, n, std::nullopt, 0, &small, &none);
+  const OrderedMasks ordered(bits, meta, small, &order);
+  const MaskView& masks = ordered.view();
+  const MaskKernels& kernels = mask_kernels();
+
+  const int64_t padded = round_up(n, kBlock);
+  std::vector<double> most(n), decay(n);
+  std::vector<float> most_f(padded, 0.0f);
+  MatrixState state{most.data(), most_f.data(), decay.data(), sigma, static_cast<int>(kernel)};
+  for_columns(n, [&](int64_t begin, int64_t end) {
+    std::vector<float> bounds(padded);
+    for (int64_t j = begin; j < end; ++j) kernels.matrix_most(masks, j, bounds.data(), state);
+  });
+  for (int64_t j = 0; j < n; ++j) most_f[j] = static_cast<float>(most[j]);
+  for_columns(n, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) kernels.matrix_decay(masks, j, state);
+  });
+
+  at::Tensor out = at::ones({n}, at::kDouble);
+  double* values = out.mutable_data_ptr<double>();
+  const int64_t* indices = order.const_data_ptr<int64_t>();
+  for (int64_t j = 0; j < n; ++j) values[indices[j]] = decay[j];
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(unseg, CPU, m) {
+  m.impl("mask_overlap", mask_overlap);
+  m.impl("mask_nms", mask_nms);
+  m.impl("matrix_nms_decay", matrix_nms_decay);
+}
+
+}  // namespace
+}  // namespace unseg

@@ -1,0 +1,48 @@
+// The operators of torch.ops.unseg and the Python module that loads them.
+//
+// All ops return fresh tensors of shapes known from the inputs' shapes, so that fake kernels
+// (unseg/layers/native.py) and torch.compile need no data. Modes and kernels are numbered as in
+// mask_ops.h. Only ATen and torch/library.h are used, and of Python only the limited API.
+#include <Python.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "cpu/mask_kernels.h"
+
+TORCH_LIBRARY(unseg, m) {
+  // masks (N, H, W) -> bits int64 (N, words), meta int32 (N, 8); a floating pixel is set above
+  // the threshold, any other one if it is not zero.
+  m.def("pack_masks(Tensor masks, float threshold) -> (Tensor bits, Tensor meta)");
+  // COCO run lengths of N masks, mask n in data[offsets[n]:offsets[n + 1]]: uint8 strings or int64
+  // counts. Pixels in column order.
+  m.def(
+      "pack_rle(Tensor data, Tensor offsets, int height, int width) -> (Tensor bits, Tensor meta)");
+  // -> (N, M) float32, int32 for mode inter; without bits2 and meta2 of the masks with themselves.
+  m.def(
+      "mask_overlap(Tensor bits1, Tensor meta1, Tensor? labels1, Tensor? bits2, Tensor? meta2, "
+      "Tensor? labels2, int mode) -> Tensor");
+  // Kept masks, bool (N,), where order holds the indices by falling score.
+  m.def(
+      "mask_nms(Tensor bits, Tensor meta, Tensor? labels, Tensor order, float iou_threshold, "
+      "int mode) -> Tensor");
+  // The factors of matrix NMS, float64 (N,) in the order of the input.
+  m.def(
+      "matrix_nms_decay(Tensor bits, Tensor meta, Tensor? labels, Tensor order, int kernel, "
+      "float sigma) -> Tensor");
+  // The instruction set of the CPU kernels in use.
+  m.def("mask_isa() -> str", [] { return std::string(unseg::mask_kernels().name); });
+}
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   "_C",
+                                   "Registers torch.ops.unseg.",
+                                   -1,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
+  return PyModule_Create(&definition);
+}

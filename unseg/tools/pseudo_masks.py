@@ -1,0 +1,96 @@
+"""Find masks in a folder of images or a data set and write them as a pseudo-mask file.
+
+    python -m unseg.tools.pseudo_masks --config-file CONFIG (--images DIR | --dataset NAME)
+        --output x.json [--resume] [--num-gpus N] [KEY VALUE ...]
+
+The config names the model: a discoverer (META_ARCHITECTURE MaskDiscovery) or any trained model whose
+output has masks. The file can be trained on as ``DATASETS.TRAIN "('x.json@DIR',)"``. A killed run
+goes on with --resume. Independent processes, e.g. of a cluster, can share the work: give all of
+them the same --num-shards and each its --shard; whoever finds everything done writes the file.
+"""
+
+import argparse
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.engine import launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from unseg.checkpoint import SafeCheckpointer
+from unseg.config import load_config
+from unseg.data import register_datasets_in_config
+from unseg.discovery.statistics import MaskStatistics
+from unseg.engine import ImageSource, PseudoMaskJob, images_in_folder, images_of_dataset
+
+logger = logging.getLogger("unseg.tools.pseudo_masks")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--config-file", required=True, metavar="FILE")
+    source = result.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", metavar="DIR", help="a folder of images, with its subfolders")
+    source.add_argument("--dataset", metavar="NAME", help="a registered data set")
+    result.add_argument("--output", required=True, metavar="FILE", help="the JSON file to write")
+    result.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    result.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
+    result.add_argument("--num-shards", type=int, default=0, help="independent processes in all")
+    result.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
+    result.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
+    return result
+
+
+def image_source(cfg: CfgNode, args: argparse.Namespace) -> ImageSource:
+    """The images that the command line names."""
+    if args.dataset:
+        return images_of_dataset(args.dataset)
+    return images_in_folder(args.images, skip_bad=cfg.INPUT.ON_BAD_IMAGE == "skip")
+
+
+def report(statistics: MaskStatistics, output: str) -> None:
+    """Log what was found and what looks wrong with it."""
+    logger.info("wrote %s\n%s", output, statistics.summary())
+    for warning in statistics.warnings():
+        logger.warning(warning)
+
+
+def run(args: argparse.Namespace) -> None:
+    """One process of the job."""
+    cfg = load_config(args.config_file, args.opts)
+    register_datasets_in_config(cfg)
+    for name in ("unseg", "fvcore"):
+        setup_logger(distributed_rank=comm.get_rank(), name=name)
+    job = PseudoMaskJob(cfg, image_source(cfg, args), args.output)
+    independent = args.num_shards > 0
+    if comm.is_main_process():
+        job.start(resume=args.resume or independent)
+    comm.synchronize()
+    model = build_model(cfg)
+    SafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    if independent:
+        job.run(model, shard=args.shard, num_shards=args.num_shards)
+    else:
+        job.run(model, shard=comm.get_rank(), num_shards=comm.get_world_size())
+    comm.synchronize()
+    if not comm.is_main_process():
+        return
+    statistics = job.collect_if_complete()
+    if statistics is not None:
+        report(statistics, args.output)
+
+
+def main() -> None:
+    """Entry point."""
+    args = parser().parse_args()
+    if args.num_shards and (args.num_gpus > 1 or not 0 <= args.shard < args.num_shards):
+        parser().error("--shard must be below --num-shards, and each shard is one process")
+    launch(run, args.num_gpus, dist_url="auto", args=(args,))
+
+
+if __name__ == "__main__":
+    main()
