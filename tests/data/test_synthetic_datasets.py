@@ -270,8 +270,8 @@ def test_listing():
     clips = PathManager.ls("unseg-synthetic://val_video")
     assert clips[0] == "000000"
     assert PathManager.isdir("unseg-synthetic://val_video/000003")
-    assert PathManager.ls("unseg-synthetic://val_video/000003")[-1] == "00009.bmp"
-    assert PathManager.isfile("unseg-synthetic://val_video/000003/00009.bmp")
+    assert PathManager.ls("unseg-synthetic://val_video/000003")[-1] == "00011.bmp"
+    assert PathManager.isfile("unseg-synthetic://val_video/000003/00011.bmp")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_listing():
         "val/000003/00000.bmp",
         "nowhere/000003.bmp",
         "val_video/000003.bmp",
-        "val_video/000003/00010.bmp",
+        "val_video/000003/00012.bmp",
         "val_video/000020/00000.bmp",
         "../val/000003.bmp",
     ],

@@ -84,21 +84,19 @@ def mask_iou(
     if masks2 is not None and (labels1 is None) != (labels2 is None):
         raise ValueError("labels1 and labels2 must be given together")
 
-    if not has_native(masks1.device):
-        flat1 = _flat(masks1)
-        if masks2 is None:
-            return reference.overlap(flat1, labels1, flat1, labels1, number)
-        _check_sizes(masks1, masks2)
-        return reference.overlap(flat1, labels1, _flat(masks2), labels2, number)
-    first = pack_masks(masks1)
-    bits2 = meta2 = None
     if masks2 is not None:
         _check_sizes(masks1, masks2)
-        second = pack_masks(masks2)
-        bits2, meta2 = second.bits, second.meta
-    return torch.ops.unseg.mask_overlap(
-        first.bits, first.meta, labels1, bits2, meta2, labels2, number
-    )
+    if has_native(masks1.device):
+        if isinstance(masks1, PackedMasks) or isinstance(masks2, PackedMasks):
+            masks1 = pack_masks(masks1)  # one layout on both sides
+            masks2 = None if masks2 is None else pack_masks(masks2)
+        first = _operand(masks1)
+        second = (None, None) if masks2 is None else _operand(masks2)
+        return torch.ops.unseg.mask_overlap(*first, labels1, *second, labels2, number)
+    flat1 = _flat(masks1)
+    if masks2 is None:
+        return reference.overlap(flat1, labels1, flat1, labels1, number)
+    return reference.overlap(flat1, labels1, _flat(masks2), labels2, number)
 
 
 @torch.no_grad()
@@ -144,8 +142,7 @@ def mask_nms(
     order = _falling(_check_scores(scores, masks))
     labels = _check_labels(labels, masks, "labels", "masks")
     if has_native(masks.device):
-        packed = pack_masks(masks)
-        keep = torch.ops.unseg.mask_nms(packed.bits, packed.meta, labels, order, threshold, number)
+        keep = torch.ops.unseg.mask_nms(*_operand(masks), labels, order, threshold, number)
     else:
         keep = reference.nms_keep(_flat(masks), labels, order, threshold, number)
     return keep if return_mask else order[keep[order]]
@@ -213,10 +210,7 @@ def matrix_nms(
     order = _falling(_check_scores(scores, masks))
     labels = _check_labels(labels, masks, "labels", "masks")
     if has_native(masks.device):
-        packed = pack_masks(masks)
-        decay = torch.ops.unseg.matrix_nms_decay(
-            packed.bits, packed.meta, labels, order, number, width
-        )
+        decay = torch.ops.unseg.matrix_nms_decay(*_operand(masks), labels, order, number, width)
     else:
         decay = reference.matrix_decay(_flat(masks), labels, order, number, width)
     return (scores.detach().double() * decay).float()
@@ -331,6 +325,13 @@ def _falling(scores: Tensor) -> Tensor:
     two, which a radix sort might tell apart.
     """
     return torch.sort(0.0 - scores.detach(), stable=True).indices
+
+
+def _operand(masks: Masks) -> tuple[Tensor, Tensor | None]:
+    """Masks as a compiled op takes them: bits and meta, or dense pixels that it packs itself."""
+    if isinstance(masks, PackedMasks):
+        return masks.bits, masks.meta
+    return masks, None
 
 
 def _flat(masks: Masks) -> Tensor:

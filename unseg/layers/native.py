@@ -62,18 +62,18 @@ def _register_fakes() -> None:
         return packed(data, offsets.shape[0] - 1, height * width)
 
     @torch.library.register_fake("unseg::mask_overlap")
-    def _(bits1, meta1, labels1, bits2, meta2, labels2, mode):
-        columns = bits1.shape[0] if bits2 is None else bits2.shape[0]
+    def _(masks1, meta1, labels1, masks2, meta2, labels2, mode):
+        columns = masks1.shape[0] if masks2 is None else masks2.shape[0]
         dtype = torch.int32 if mode == MODES["inter"] else torch.float32
-        return bits1.new_empty((bits1.shape[0], columns), dtype=dtype)
+        return masks1.new_empty((masks1.shape[0], columns), dtype=dtype)
 
     @torch.library.register_fake("unseg::mask_nms")
-    def _(bits, meta, labels, order, iou_threshold, mode):
-        return bits.new_empty((bits.shape[0],), dtype=torch.bool)
+    def _(masks, meta, labels, order, iou_threshold, mode):
+        return masks.new_empty((masks.shape[0],), dtype=torch.bool)
 
     @torch.library.register_fake("unseg::matrix_nms_decay")
-    def _(bits, meta, labels, order, kernel, sigma):
-        return bits.new_empty((bits.shape[0],), dtype=torch.float64)
+    def _(masks, meta, labels, order, kernel, sigma):
+        return masks.new_empty((masks.shape[0],), dtype=torch.float64)
 
 
 _LOADED = _load()

@@ -18,17 +18,18 @@ TORCH_LIBRARY(unseg, m) {
   // counts. Pixels in column order.
   m.def(
       "pack_rle(Tensor data, Tensor offsets, int height, int width) -> (Tensor bits, Tensor meta)");
-  // -> (N, M) float32, int32 for mode inter; without bits2 and meta2 of the masks with themselves.
+  // The ops below take masks packed, as bits and meta, or dense, bool, uint8 or int8, without meta.
+  // -> (N, M) float32, int32 for mode inter; without masks2 of the masks with themselves.
   m.def(
-      "mask_overlap(Tensor bits1, Tensor meta1, Tensor? labels1, Tensor? bits2, Tensor? meta2, "
+      "mask_overlap(Tensor masks1, Tensor? meta1, Tensor? labels1, Tensor? masks2, Tensor? meta2, "
       "Tensor? labels2, int mode) -> Tensor");
   // Kept masks, bool (N,), where order holds the indices by falling score.
   m.def(
-      "mask_nms(Tensor bits, Tensor meta, Tensor? labels, Tensor order, float iou_threshold, "
+      "mask_nms(Tensor masks, Tensor? meta, Tensor? labels, Tensor order, float iou_threshold, "
       "int mode) -> Tensor");
   // The factors of matrix NMS, float64 (N,) in the order of the input.
   m.def(
-      "matrix_nms_decay(Tensor bits, Tensor meta, Tensor? labels, Tensor order, int kernel, "
+      "matrix_nms_decay(Tensor masks, Tensor? meta, Tensor? labels, Tensor order, int kernel, "
       "float sigma) -> Tensor");
   // The instruction set of the CPU kernels in use.
   m.def("mask_isa() -> str", [] { return std::string(unseg::mask_kernels().name); });

@@ -102,7 +102,7 @@ def _part_class(number: int, seed: int) -> PartClass:
     name, kind, size = PART_KINDS[number]
     look = Look(
         hue=(0.381966 * number + 0.3) % 1.0,
-        saturation=rng.uniform(0.3, 0.7),
+        saturation=rng.uniform(0.2, 0.5),
         value=0.85 - 0.5 * (number % 2) + rng.uniform(-0.08, 0.08),
         texture=int(rng.integers(NUM_TEXTURES)),
         texture_scale=rng.uniform(0.9, 1.5),

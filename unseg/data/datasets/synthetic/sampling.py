@@ -158,7 +158,7 @@ def background_colours(rng: np.random.Generator, count: int) -> np.ndarray:
     kind = rng.integers(0, 8, count)
     hue = np.where(kind < 4, rng.normal(0.09, 0.035, count), rng.normal(0.27, 0.06, count))
     hue = np.where(kind == 7, rng.random(count), hue)
-    saturation = rng.beta(1.7, 3.0, count) * 0.62
+    saturation = rng.beta(1.7, 3.0, count) * 0.55
     return np.stack([hue, saturation, rng.uniform(0.25, 0.88, count)], axis=1)
 
 

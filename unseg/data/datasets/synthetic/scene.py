@@ -47,6 +47,7 @@ def render_scene(
     """Render the scene of (settings, seed, index); the same bits for the same arguments.
 
     Neither the global random state nor the number of threads nor any earlier call has an influence.
+    (On another kind of processor, floating-point rounding may move a pixel by a grey level.)
     with_image: False leaves the picture out, which is a few times faster.
     """
     return render_plan(sample_scene(settings, scene_rng(seed, index)), with_image=with_image)

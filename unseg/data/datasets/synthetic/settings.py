@@ -62,7 +62,7 @@ class SceneSettings:
     camouflage: float = 0.12
     category_colour: float = 0.85
     texture_contrast: float = 1.0
-    part_contrast: float = 0.7
+    part_contrast: float = 0.85
     optional_parts: float = 0.85
     strips: float = 4.0
     strips_in_front: float = 0.15

@@ -23,6 +23,7 @@ enum class PixelType { kByte, kFloat, kHalf, kBFloat16, kDouble };
 
 // N masks in evaluation order, one array per field; arrays are padded to a multiple of kBlock
 // with masks of zero area, so loops over a block need no remainder.
+// row[k][w] may only be read for words w of the whole groups that [first, last) touches.
 struct MaskView {
   int64_t count;
   const uint64_t* const* row;
@@ -41,9 +42,9 @@ struct MatrixState {
 struct MaskKernels {
   const char* name;
   // Packs one mask of `height` x `width` pixels and describes it (kMetaFields values). `words`
-  // has row_words() words. If `zeroed`, they are zero already and only non-zero words are written.
+  // has row_words() words, all of which are written.
   void (*pack)(const void* pixels, PixelType type, double threshold, int64_t height, int64_t width,
-               bool zeroed, uint64_t* words, int32_t* meta);
+               uint64_t* words, int32_t* meta);
   // Fills in the description of a row whose words are complete.
   void (*describe)(const uint64_t* words, int64_t height, int64_t width, int32_t* meta);
   // Overlaps of masks [i0, i0 + 64) of `a` with [j0, j0 + 64) of `b`, written as float32 (int32

@@ -4,9 +4,10 @@
 
 #include <array>
 #include <cmath>
-#include <memory>
+#include <optional>
 #include <utility>
 
+#include "large_tensor.h"
 #include "ordered_masks.h"
 
 namespace unseg {
@@ -14,35 +15,32 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-void check_cpu(const at::Tensor& bits, const at::Tensor& meta, const char* name) {
-  check_packed(bits, meta, name);
-  TORCH_CHECK(bits.is_cpu(), name, " must be on the CPU");
-}
-
-at::Tensor mask_overlap(const at::Tensor& bits1, const at::Tensor& meta1,
-                        const OptionalTensor& labels1, const OptionalTensor& bits2,
+at::Tensor mask_overlap(const at::Tensor& masks1, const OptionalTensor& meta1,
+                        const OptionalTensor& labels1, const OptionalTensor& masks2,
                         const OptionalTensor& meta2, const OptionalTensor& labels2, int64_t mode) {
   TORCH_CHECK_VALUE(mode >= kIoU && mode <= kInter, "mode must be 0 to 4, not ", mode);
-  check_cpu(bits1, meta1, "masks1");
-  const bool self = !bits2.has_value();
-  TORCH_CHECK_VALUE(self != meta2.has_value(), "bits2 and meta2 must be given together");
-  if (!self) {
-    check_cpu(*bits2, *meta2, "masks2");
-    TORCH_CHECK_VALUE(bits1.size(1) == bits2->size(1), "masks1 has ", bits1.size(1),
-                      " words a row, masks2 has ", bits2->size(1));
-  }
-  TORCH_CHECK_VALUE(labels1.has_value() == (self ? labels1 : labels2).has_value(),
+  const bool self = !masks2.has_value();
+  TORCH_CHECK_VALUE(!self || !(meta2.has_value() || labels2.has_value()),
+                    "meta2 or labels2 are given without masks2");
+  TORCH_CHECK_VALUE(self || labels1.has_value() == labels2.has_value(),
                     "labels1 and labels2 must be given together");
+  const PackedRows rows1(masks1, meta1, "masks1");
+  std::optional<PackedRows> rows2;
+  if (!self) {
+    rows2.emplace(*masks2, meta2, "masks2");
+    TORCH_CHECK_VALUE(rows1.words() == rows2->words(), "masks1 has ", rows1.words(),
+                      " words a row, masks2 has ", rows2->words());
+  }
+  const int64_t n = rows1.count(), m = self ? n : rows2->count();
   std::vector<int32_t> small1, small2;
-  const int64_t n = bits1.size(0), m = self ? n : bits2->size(0);
-  small_labels(labels1, n, self ? OptionalTensor() : labels2, m, &small1, &small2);
-  const OrderedMasks first(bits1, meta1, small1, nullptr);
-  std::unique_ptr<OrderedMasks> second;
-  if (!self) second = std::make_unique<OrderedMasks>(*bits2, *meta2, small2, nullptr);
+  small_labels(labels1, n, labels2, m, &small1, &small2);
+  const OrderedMasks first(rows1, small1, nullptr);
+  std::optional<OrderedMasks> second;
+  if (!self) second.emplace(*rows2, small2, nullptr);
   const MaskView& a = first.view();
   const MaskView& b = self ? a : second->view();
 
-  at::Tensor out = at::empty({n, m}, mode == kInter ? at::kInt : at::kFloat);
+  at::Tensor out = empty_large({n, m}, mode == kInter ? at::kInt : at::kFloat);
   void* values = out.mutable_data_ptr();
   const bool mirror = self && mode != kIoA && mode != kIoB;
   std::vector<std::pair<int64_t, int64_t>> tiles;
@@ -62,15 +60,15 @@ at::Tensor mask_overlap(const at::Tensor& bits1, const at::Tensor& meta1,
 // Greedy NMS, 64 candidates at a time: each is first tested against the masks kept so far, all
 // candidates side by side; then, one after the other, against the candidates kept before it. What
 // is kept does not depend on the number of threads.
-at::Tensor mask_nms(const at::Tensor& bits, const at::Tensor& meta, const OptionalTensor& labels,
-                    const at::Tensor& order, double threshold, int64_t mode) {
+at::Tensor mask_nms(const at::Tensor& packed_or_dense, const OptionalTensor& meta,
+                    const OptionalTensor& labels, const at::Tensor& order, double threshold, int64_t mode) {
   TORCH_CHECK_VALUE(mode >= kIoU && mode < kInter, "mode must be 0 to 3, not ", mode);
   TORCH_CHECK_VALUE(threshold >= 0, "iou_threshold must be at least 0, not ", threshold);
-  check_cpu(bits, meta, "masks");
+  const PackedRows rows(packed_or_dense, meta, "masks");
+  const int64_t n = rows.count(), words = rows.words();
   std::vector<int32_t> small, none;
-  const int64_t n = bits.size(0), words = bits.size(1);
   small_labels(labels, n, std::nullopt, 0, &small, &none);
-  const OrderedMasks all(bits, meta, small, &order);
+  const OrderedMasks all(rows, small, &order);
   const MaskView& masks = all.view();
   OrderedMasks kept(n);
   const MaskKernels& kernels = mask_kernels();
@@ -120,18 +118,18 @@ void for_columns(int64_t n, Body body) {
   });
 }
 
-at::Tensor matrix_nms_decay(const at::Tensor& bits, const at::Tensor& meta,
+at::Tensor matrix_nms_decay(const at::Tensor& packed_or_dense, const OptionalTensor& meta,
                             const OptionalTensor& labels, const at::Tensor& order, int64_t kernel,
                             double sigma) {
   TORCH_CHECK_VALUE(kernel == kGaussian || kernel == kLinear, "kernel must be 0 or 1, not ",
                     kernel);
   TORCH_CHECK_VALUE(kernel == kLinear || (sigma > 0 && std::isfinite(sigma)),
                     "sigma must be positive and finite, not ", sigma);
-  check_cpu(bits, meta, "masks");
+  const PackedRows rows(packed_or_dense, meta, "masks");
+  const int64_t n = rows.count();
   std::vector<int32_t> small, none;
-  const int64_t n = bits.size(0);
   small_labels(labels, n, std::nullopt, 0, &small, &none);
-  const OrderedMasks ordered(bits, meta, small, &order);
+  const OrderedMasks ordered(rows, small, &order);
   const MaskView& masks = ordered.view();
   const MaskKernels& kernels = mask_kernels();
 

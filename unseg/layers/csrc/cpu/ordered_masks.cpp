@@ -5,23 +5,6 @@
 
 namespace unseg {
 
-void check_packed(const at::Tensor& bits, const at::Tensor& meta, const char* name) {
-  TORCH_CHECK_TYPE(bits.scalar_type() == at::kLong, name, ": bits must be int64, not ",
-                   bits.scalar_type());
-  TORCH_CHECK_TYPE(meta.scalar_type() == at::kInt, name, ": meta must be int32, not ",
-                   meta.scalar_type());
-  TORCH_CHECK_VALUE(bits.dim() == 2 && bits.size(1) % kWordGroup == 0, name,
-                    ": bits must have shape (N, words) with words a multiple of ", kWordGroup,
-                    ", not ", bits.sizes());
-  TORCH_CHECK_VALUE(meta.dim() == 2 && meta.size(0) == bits.size(0) && meta.size(1) == kMetaFields,
-                    name, ": meta must have shape (", bits.size(0), ", ", kMetaFields, "), not ",
-                    meta.sizes());
-  TORCH_CHECK_VALUE(bits.is_contiguous() && meta.is_contiguous(), name,
-                    ": bits and meta must be contiguous");
-  TORCH_CHECK(bits.device() == meta.device(), name, ": bits are on ", bits.device(),
-              ", meta is on ", meta.device());
-}
-
 OrderedMasks::OrderedMasks(int64_t capacity)
     : padded_(round_up(capacity, kBlock)),
       fields_(kMetaFields * padded_, 0),
@@ -29,12 +12,10 @@ OrderedMasks::OrderedMasks(int64_t capacity)
       view_{0,        rows_.data(), field(0), field(1), field(2),
             field(3), field(4),     field(5), field(6), field(7)} {}
 
-OrderedMasks::OrderedMasks(const at::Tensor& bits, const at::Tensor& meta,
-                           const std::vector<int32_t>& labels, const at::Tensor* order)
-    : OrderedMasks(bits.size(0)) {
-  const int64_t count = bits.size(0), words = bits.size(1);
-  const auto* base = reinterpret_cast<const uint64_t*>(bits.const_data_ptr<int64_t>());
-  const int32_t* description = meta.const_data_ptr<int32_t>();
+OrderedMasks::OrderedMasks(const PackedRows& rows, const std::vector<int32_t>& labels,
+                           const at::Tensor* order)
+    : OrderedMasks(rows.count()) {
+  const int64_t count = rows.count();
   const int64_t* indices = nullptr;
   if (order != nullptr) {
     TORCH_CHECK_TYPE(order->scalar_type() == at::kLong, "order must be int64, not ",
@@ -47,12 +28,8 @@ OrderedMasks::OrderedMasks(const at::Tensor& bits, const at::Tensor& meta,
   for (int64_t k = 0; k < count; ++k) {
     const int64_t i = indices != nullptr ? indices[k] : k;
     TORCH_CHECK_INDEX(i >= 0 && i < count, "order holds ", i, ", but there are ", count, " masks");
-    const int32_t* m = description + kMetaFields * i;
-    TORCH_CHECK_VALUE(m[kFirst] >= 0 && m[kFirst] <= m[kLast] && m[kLast] <= words &&
-                          m[kArea] >= 0 && m[kArea] <= 64 * words,
-                      "meta of mask ", i, " does not belong to rows of ", words, " words");
-    rows_[k] = base + words * i;
-    for (int f = 0; f < kSpare; ++f) field(f)[k] = m[f];
+    rows_[k] = rows.row(i);
+    for (int f = 0; f < kSpare; ++f) field(f)[k] = rows.meta(i)[f];
     field(kSpare)[k] = labels.empty() ? 0 : labels[i];
   }
   view_.count = count;

@@ -6,23 +6,18 @@
 #include <optional>
 #include <vector>
 
-#include "mask_kernels.h"
+#include "packed_rows.h"
 
 namespace unseg {
 
-// Raise unless bits and meta have the packed format's types and shapes; `name` is for the message.
-void check_packed(const at::Tensor& bits, const at::Tensor& meta, const char* name);
-
-// Owns what a MaskView points to. Rows of `bits` are referenced, not copied.
+// Owns what a MaskView points to, but for the words.
 class OrderedMasks {
  public:
   // Room for `capacity` masks, none of them there yet.
   explicit OrderedMasks(int64_t capacity);
-  // The masks `order` (all of them, as they come, if not given). `labels` as from small_labels(),
-  // or empty. Raises on an index, a word window or an area out of range, so that kernels need no
-  // checks.
-  OrderedMasks(const at::Tensor& bits, const at::Tensor& meta, const std::vector<int32_t>& labels,
-               const at::Tensor* order);
+  // The masks in `order`, as they come if not given. `labels` as from small_labels(), or empty.
+  // Raises on an order that does not fit.
+  OrderedMasks(const PackedRows& rows, const std::vector<int32_t>& labels, const at::Tensor* order);
   OrderedMasks(const OrderedMasks&) = delete;
   OrderedMasks& operator=(const OrderedMasks&) = delete;
 
@@ -41,7 +36,7 @@ class OrderedMasks {
 };
 
 // int64 labels as int32 numbers, equal where the labels are equal, over both tensors alike. Absent
-// tensors give empty vectors. Raise on a wrong shape or type.
+// tensors give empty vectors. Raises on a wrong shape or type.
 void small_labels(const std::optional<at::Tensor>& labels1, int64_t count1,
                   const std::optional<at::Tensor>& labels2, int64_t count2,
                   std::vector<int32_t>* small1, std::vector<int32_t>* small2);

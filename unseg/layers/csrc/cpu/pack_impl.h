@@ -75,7 +75,7 @@ static void describe(const uint64_t* words, int64_t height, int64_t width, int32
 // Packs `count` pixels; pack_512(pixels, words) turns 512 of them into a group of words. Returns
 // through first and last which words can be non-zero.
 template <typename Pixel, typename Pack512>
-static inline void pack_pixels(const Pixel* pixels, int64_t count, bool zeroed, uint64_t* words,
+static inline void pack_pixels(const Pixel* pixels, int64_t count, uint64_t* words,
                                int64_t* first, int64_t* last, Pack512 pack_512) {
   constexpr int64_t kPixels = 64 * kWordGroup;
   // Far enough ahead to cover the latency of memory, near enough to stay in the first cache.
@@ -105,20 +105,18 @@ static inline void pack_pixels(const Pixel* pixels, int64_t count, bool zeroed, 
     if (any != 0) {
       if (*first < 0) *first = p / 64;
       *last = p / 64 + kWordGroup;
-    } else if (zeroed) {
-      continue;
     }
     for (int k = 0; k < kWordGroup; ++k) target[k] = group[k];
   }
 }
 
 static void pack(const void* pixels, PixelType type, double threshold, int64_t height,
-                 int64_t width, bool zeroed, uint64_t* words, int32_t* meta) {
+                 int64_t width, uint64_t* words, int32_t* meta) {
   const int64_t count = height * width;
   const float limit = static_cast<float>(threshold);
   int64_t first = -1, last = 0;
   const auto run = [&](const auto* typed, auto pack_512) {
-    pack_pixels(typed, count, zeroed, words, &first, &last, pack_512);
+    pack_pixels(typed, count, words, &first, &last, pack_512);
   };
   switch (type) {
     case PixelType::kByte:

@@ -2,86 +2,28 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <cstdlib>
-#include <limits>
 #include <tuple>
 #include <utility>
+#include <vector>
 
-#include "ordered_masks.h"
+#include "large_tensor.h"
+#include "packed_rows.h"
 
 namespace unseg {
 namespace {
 
-// A chunk of work for one thread, in bytes read.
-constexpr int64_t kGrainBytes = 1 << 18;
-
-void check_size(int64_t height, int64_t width) {
-  TORCH_CHECK_VALUE(height >= 0 && width >= 0 &&
-                        (width == 0 || height <= std::numeric_limits<int32_t>::max() / width),
-                    "masks of ", height, " x ", width, " pixels: at most 2^31 - 1 are supported");
-}
-
-// Words for `count` rows. Large blocks come from calloc, which takes fresh pages from the system:
-// they are zero already, and a page that only holds zeros need never be touched. Mostly empty rows
-// then cost neither page faults nor memory.
-at::Tensor allocate_words(int64_t count, int64_t words, bool* zeroed) {
-  constexpr int64_t kLarge = 32 << 20, kAlign = 64;
-  const int64_t bytes = count * words * 8;
-  *zeroed = bytes > kLarge;
-  if (!*zeroed) return at::empty({count, words}, at::kLong);
-  void* block = std::calloc(static_cast<size_t>(bytes + kAlign), 1);
-  TORCH_CHECK(block != nullptr, "not enough memory for ", bytes, " bytes of packed masks");
-  const auto address = reinterpret_cast<uintptr_t>(block);
-  void* aligned = reinterpret_cast<void*>((address + kAlign - 1) / kAlign * kAlign);
-  return at::from_blob(
-      aligned, {count, words}, [block](void*) { std::free(block); },
-      at::TensorOptions().dtype(at::kLong));
-}
-
-PixelType pixel_type(at::ScalarType type) {
-  switch (type) {
-    case at::kBool:
-    case at::kByte:
-    case at::kChar:
-      return PixelType::kByte;
-    case at::kFloat:
-      return PixelType::kFloat;
-    case at::kHalf:
-      return PixelType::kHalf;
-    case at::kBFloat16:
-      return PixelType::kBFloat16;
-    case at::kDouble:
-      return PixelType::kDouble;
-    default:
-      TORCH_CHECK_TYPE(false, "masks must be bool, uint8, int8 or floating, not ", type);
-  }
-}
-
 std::tuple<at::Tensor, at::Tensor> pack_masks(const at::Tensor& masks, double threshold) {
-  TORCH_CHECK_VALUE(masks.dim() == 3, "masks must have shape (N, H, W), not ", masks.sizes());
-  const int64_t count = masks.size(0), height = masks.size(1), width = masks.size(2);
-  check_size(height, width);
-  const PixelType type = pixel_type(masks.scalar_type());
-  // Masks may lie apart, or be repeated by a stride of zero; each must be contiguous itself.
-  const bool rows_contiguous = (masks.stride(2) == 1 || width <= 1) &&
-                               (masks.stride(1) == width || height <= 1);
-  const at::Tensor source = rows_contiguous ? masks : masks.contiguous();
-  const auto* pixels = static_cast<const char*>(source.const_data_ptr());
-  const int64_t stride = source.stride(0) * source.element_size();
-
-  bool zeroed;
-  const int64_t words = row_words(height * width);
-  at::Tensor bits = allocate_words(count, words, &zeroed);
-  at::Tensor meta = at::empty({count, kMetaFields}, at::kInt);
+  const DenseMasks dense(masks);
+  const int64_t words = row_words(dense.height * dense.width);
+  at::Tensor bits = empty_large({dense.count, words}, at::kLong);
+  at::Tensor meta = at::empty({dense.count, kMetaFields}, at::kInt);
   auto* rows = reinterpret_cast<uint64_t*>(bits.mutable_data_ptr<int64_t>());
   auto* description = meta.mutable_data_ptr<int32_t>();
   const MaskKernels& kernels = mask_kernels();
-  const int64_t bytes = height * width * source.element_size();
-  const int64_t grain = kGrainBytes / (bytes > 0 ? bytes : 1) + 1;
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, dense.count, dense.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      kernels.pack(pixels + n * stride, type, threshold, height, width, zeroed, rows + n * words,
-                   description + n * kMetaFields);
+      kernels.pack(dense.pixels + n * dense.stride, dense.type, threshold, dense.height,
+                   dense.width, rows + n * words, description + n * kMetaFields);
     }
   });
   return {bits, meta};
@@ -174,7 +116,7 @@ std::tuple<at::Tensor, at::Tensor> pack_rle(const at::Tensor& data, const at::Te
   auto* description = meta.mutable_data_ptr<int32_t>();
   const MaskKernels& kernels = mask_kernels();
   std::vector<uint8_t> valid(count, 1);  // exceptions must not leave a parallel region
-  at::parallel_for(0, count, kGrainBytes / 8 / (words + 1) + 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, 32768 / (words + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t length = starts[n + 1] - starts[n];
       RunWriter writer(rows + n * words, height * width);

@@ -49,6 +49,8 @@ static inline int64_t count_common(const uint64_t* a, const uint64_t* b, int64_t
   });
 }
 
+#include "transpose_sse.h"
+
 static inline uint64_t above(const float* values, float limit) {
   const __m256 v = _mm256_set1_ps(limit);
   uint64_t bits = 0;

@@ -20,6 +20,13 @@ static inline int64_t count_common(const uint64_t* a, const uint64_t* b, int64_t
   return even + odd;
 }
 
+// out[stride * j + i] = in[64 * i + j] for a block of 4 x 4 values of 32 bits.
+static inline void transpose_4x4(const uint32_t* in, uint32_t* out, int64_t stride) {
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 4; ++j) out[stride * j + i] = in[64 * i + j];
+  }
+}
+
 // Bit k of the result: values[k] > limit, for 64 values.
 static inline uint64_t above(const float* values, float limit) {
   uint64_t bits = 0;

@@ -6,45 +6,70 @@ struct Tile {
   uint64_t rows;
 };
 
-// The words in which both blocks have pixels, and whether counting all pairs there at once is
-// cheaper than pair by pair: the 4 x 4 block counts a group in 1.5 cycles against 2, and a single
-// pair costs about 12 cycles besides.
+// Which pairs of the tile to count, and the words in which both sides have pixels at all.
 struct TilePlan {
   uint64_t candidates[kBlock];  // bit j of word i: the boxes meet and the labels are equal
+  int64_t rows, columns;        // size of the tile
   int64_t begin, end;
-  bool dense;
+  int64_t pairs;
+  int64_t longest;  // an estimate of the words that a pair has in common
 };
 
-static inline void plan_tile(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0,
-                             bool mirror, TilePlan* plan) {
-  float bounds[kBlock];
-  int64_t pair_cost = 0;
-  plan->begin = INT32_MAX;
-  plan->end = 0;
-  for (int64_t i = 0; i < kBlock; ++i) {
-    plan->candidates[i] = 0;
-    if (i0 + i >= a.count) continue;
-    bound_block_as<kIoU>(b, j0, a, i0 + i, bounds);
-    uint64_t bits = above(bounds, 0.0f);
-    if (mirror && i0 == j0) bits &= ~low_bits(i);  // on the diagonal one half is enough
-    plan->candidates[i] = bits;
-    for (; bits != 0; bits &= bits - 1) {
-      const int64_t j = j0 + __builtin_ctzll(bits);
-      const int64_t begin = most(a.first[i0 + i], b.first[j]);
-      const int64_t end = least(a.last[i0 + i], b.last[j]);
-      if (begin >= end) continue;
-      pair_cost += 12 + (end - begin) / 4;
-      if (begin < plan->begin) plan->begin = begin;
-      if (end > plan->end) plan->end = end;
-    }
+// Bit k: the box of mask begin + k of `a` meets that of mask j of `b`, and the labels are equal.
+static inline uint64_t meeting(const MaskView& a, int64_t begin, const MaskView& b, int64_t j) {
+  const int32_t *x0 = a.x0 + begin, *y0 = a.y0 + begin, *x1 = a.x1 + begin, *y1 = a.y1 + begin;
+  const int32_t* label = a.label + begin;
+  const int32_t qx0 = b.x0[j], qy0 = b.y0[j], qx1 = b.x1[j], qy1 = b.y1[j], qlabel = b.label[j];
+  float hits[kBlock];
+#pragma GCC ivdep
+  for (int k = 0; k < kBlock; ++k) {
+    const int32_t hit = static_cast<int32_t>(x0[k] < qx1) & static_cast<int32_t>(qx0 < x1[k]) &
+                        static_cast<int32_t>(y0[k] < qy1) & static_cast<int32_t>(qy0 < y1[k]) &
+                        static_cast<int32_t>(label[k] == qlabel);
+    hits[k] = static_cast<float>(hit);
   }
-  const int64_t dense_cost = kBlock * kBlock * (6 + (plan->end - plan->begin) * 3 / 16);
-  plan->dense = plan->begin < plan->end && dense_cost < pair_cost;
+  return above(hits, 0.0f);
+}
+
+// The words in which masks [begin, begin + count) have pixels, and their mean number per mask.
+static inline void hull(const MaskView& v, int64_t begin, int64_t count, int64_t* first,
+                        int64_t* last, int64_t* mean) {
+  int64_t sum = 0;
+  *first = INT32_MAX;
+  *last = 0;
+  for (int64_t k = begin; k < begin + count; ++k) {
+    if (v.area[k] == 0) continue;
+    *first = least(static_cast<int32_t>(*first), v.first[k]);
+    *last = most(static_cast<int32_t>(*last), v.last[k]);
+    sum += v.last[k] - v.first[k];
+  }
+  *mean = sum / count;
+}
+
+static inline TilePlan plan_tile(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0,
+                                 bool mirror) {
+  TilePlan plan;
+  plan.rows = a.count - i0 < kBlock ? a.count - i0 : kBlock;
+  plan.columns = b.count - j0 < kBlock ? b.count - j0 : kBlock;
+  plan.pairs = 0;
+  int64_t first[2], last[2], mean[2];
+  hull(a, i0, plan.rows, &first[0], &last[0], &mean[0]);
+  hull(b, j0, plan.columns, &first[1], &last[1], &mean[1]);
+  plan.begin = first[0] > first[1] ? first[0] : first[1];
+  plan.end = last[0] < last[1] ? last[0] : last[1];
+  plan.longest = mean[0] < mean[1] ? mean[0] : mean[1];
+  for (int64_t i = 0; i < plan.rows; ++i) {
+    uint64_t bits = meeting(b, j0, a, i0 + i);
+    if (mirror && i0 == j0) bits &= ~low_bits(i);  // on the diagonal one half is enough
+    plan.candidates[i] = bits;
+    plan.pairs += __builtin_popcountll(bits);
+  }
+  return plan;
 }
 
 static inline void count_pairs(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0,
                                const TilePlan& plan, Tile* tile) {
-  for (int64_t i = 0; i < kBlock; ++i) {
+  for (int64_t i = 0; i < plan.rows; ++i) {
     uint64_t bits = plan.candidates[i];
     if (bits == 0) continue;
     tile->rows |= 1ULL << i;
@@ -56,33 +81,45 @@ static inline void count_pairs(const MaskView& a, const MaskView& b, int64_t i0,
   }
 }
 
-#ifdef UNSEG_HAS_BLOCK
-// All pairs, a stretch of words at a time so that the rows stay in the cache.
-static inline void count_blocks(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0,
-                                const TilePlan& plan, Tile* tile) {
-  constexpr int64_t kStretch = 512;
-  const int64_t rows = a.count - i0 < kBlock ? a.count - i0 : kBlock;
-  const int64_t columns = b.count - j0 < kBlock ? b.count - j0 : kBlock;
+#ifdef UNSEG_HAS_COLUMNS
+// Clocks, roughly, as measured: counting everything, or only the pairs that meet.
+static inline bool columns_are_cheaper(const TilePlan& plan) {
+  const int64_t all = 900 * (plan.end - plan.begin);
+  return all < plan.pairs * (24 + plan.longest / 5);
+}
+
+// All pairs, a stretch of words at a time so that the transposed words stay in the first cache.
+static inline void count_all(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0,
+                             const TilePlan& plan, Tile* tile) {
+  constexpr int64_t kStretch = 32;
+  static const uint64_t kZeros[kWordGroup] = {};
+  alignas(64) uint64_t columns[kStretch * kBlock];
   __builtin_memset(tile->inter, 0, sizeof(tile->inter));
   tile->rows = ~0ULL;
-  for (int64_t w = plan.begin / kWordGroup * kWordGroup; w < plan.end; w += kStretch) {
-    const int64_t stop = w + kStretch < plan.end ? w + kStretch : plan.end;
-    for (int64_t i = 0; i < rows; i += 4) {
-      const uint64_t* left[4];
-      for (int64_t k = 0; k < 4; ++k) left[k] = a.row[i0 + least(i + k, rows - 1)];
-      for (int64_t j = 0; j < columns; j += 4) {
-        const uint64_t* right[4];
-        for (int64_t k = 0; k < 4; ++k) right[k] = b.row[j0 + least(j + k, columns - 1)];
-        int32_t sums[16] = {};
-        count_common_4x4(left, right, w, stop, sums);
-        for (int k = 0; k < 16; ++k) tile->inter[i + k / 4][j + k % 4] += sums[k];
+  for (int64_t w = plan.begin & ~7; w < plan.end; w += kStretch) {
+    const int64_t words = w + kStretch < plan.end ? kStretch : plan.end - w;
+    for (int64_t part = 0; part < words; part += 8) {
+      for (int64_t k = 0; k < kBlock; k += 8) {
+        const uint64_t* groups[8];
+        for (int64_t r = 0; r < 8; ++r) {
+          const int64_t j = j0 + k + r, word = w + part;  // beyond the span there are zeros
+          const bool stored = word + kWordGroup > b.first[j] && word < b.last[j];
+          groups[r] = stored ? b.row[j] + word : kZeros;
+        }
+        transpose_8x8(groups, columns + kBlock * part + k);
       }
     }
-  }
-  for (int64_t i = 0; i < kBlock; ++i) {  // other labels, and pairs that the boxes rule out
-    for (int64_t j = 0; j < kBlock; ++j) {
-      if (!(plan.candidates[i] >> j & 1)) tile->inter[i][j] = 0;
+    for (int64_t i = 0; i < plan.rows; ++i) {
+      const int64_t begin = most(a.first[i0 + i], w), end = least(a.last[i0 + i], w + words);
+      if (begin >= end) continue;
+      count_columns(a.row[i0 + i] + begin, columns + kBlock * (begin - w), end - begin,
+                    tile->inter[i]);
     }
+  }
+  for (int64_t i = 0; i < plan.rows; ++i) {
+    const int32_t own = a.label[i0 + i];
+    const int32_t* label = b.label + j0;
+    for (int64_t j = 0; j < kBlock; ++j) tile->inter[i][j] &= -static_cast<int32_t>(label[j] == own);
   }
 }
 #endif
@@ -129,45 +166,54 @@ static inline int32_t largest_area(const MaskView& v, int64_t begin) {
 }
 
 // Values are moved as 32-bit patterns here, float32 or int32 alike.
+static inline void write_tile(const uint32_t (*values)[kBlock], const TilePlan& plan, int64_t i0,
+                              int64_t j0, bool mirror, uint32_t* out, int64_t stride) {
+  for (int64_t i = 0; i < plan.rows; ++i) {
+    __builtin_memcpy(out + (i0 + i) * stride + j0, values[i], plan.columns * sizeof(uint32_t));
+  }
+  if (!mirror) return;
+  for (int64_t j = 0; j < plan.columns; j += 4) {
+    for (int64_t i = 0; i < plan.rows; i += 4) {
+      uint32_t* corner = out + (j0 + j) * stride + i0 + i;
+      if (j + 4 <= plan.columns && i + 4 <= plan.rows) {
+        transpose_4x4(&values[i][j], corner, stride);
+        continue;
+      }
+      for (int64_t jj = j; jj < j + 4 && jj < plan.columns; ++jj) {
+        for (int64_t ii = i; ii < i + 4 && ii < plan.rows; ++ii) {
+          out[(j0 + jj) * stride + i0 + ii] = values[ii][jj];
+        }
+      }
+    }
+  }
+}
+
 static void overlap_tile(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0, int mode,
                          bool mirror, void* out, int64_t stride) {
-  TilePlan plan;
-  plan_tile(a, b, i0, j0, mirror, &plan);
+  const TilePlan plan = plan_tile(a, b, i0, j0, mirror);
   Tile tile;
   tile.rows = 0;
-#ifdef UNSEG_HAS_BLOCK
-  if (plan.dense) {
-    count_blocks(a, b, i0, j0, plan, &tile);
-  } else {
-    count_pairs(a, b, i0, j0, plan, &tile);
-  }
+#ifdef UNSEG_HAS_COLUMNS
+  const bool all = columns_are_cheaper(plan);
+  if (all) count_all(a, b, i0, j0, plan, &tile);
 #else
-  count_pairs(a, b, i0, j0, plan, &tile);
+  const bool all = false;
 #endif
-  const int64_t rows = a.count - i0 < kBlock ? a.count - i0 : kBlock;
-  const int64_t columns = b.count - j0 < kBlock ? b.count - j0 : kBlock;
+  if (!all) count_pairs(a, b, i0, j0, plan, &tile);
   const bool small = largest_area(a, i0) <= (1 << 23) && largest_area(b, j0) <= (1 << 23);
-  const bool diagonal = mirror && i0 == j0;
-  uint32_t values[kBlock][kBlock];
-  for (int64_t i = 0; i < rows; ++i) {
+  alignas(64) uint32_t values[kBlock][kBlock];
+  for (int64_t i = 0; i < plan.rows; ++i) {
     if (tile.rows >> i & 1) {
       ratio_row(tile, a, b, i0, i, j0, mode, small, values[i]);
     } else {
       __builtin_memset(values[i], 0, sizeof(values[i]));
     }
   }
+  const bool diagonal = mirror && i0 == j0;
   if (diagonal) {
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; i < plan.rows; ++i) {
       for (int64_t j = 0; j < i; ++j) values[i][j] = values[j][i];
     }
   }
-  uint32_t* target = static_cast<uint32_t*>(out);
-  for (int64_t i = 0; i < rows; ++i) {
-    __builtin_memcpy(target + (i0 + i) * stride + j0, values[i], columns * sizeof(uint32_t));
-  }
-  if (!mirror || diagonal) return;
-  for (int64_t j = 0; j < columns; ++j) {
-    uint32_t* row = target + (j0 + j) * stride + i0;
-    for (int64_t i = 0; i < rows; ++i) row[i] = values[i][j];
-  }
+  write_tile(values, plan, i0, j0, mirror && !diagonal, static_cast<uint32_t*>(out), stride);
 }
