@@ -99,7 +99,7 @@ SUBSTITUTIONS = (
     Substitution("detectron2/model_zoo/model_zoo.py", r"^import pkg_resources$", "import pathlib"),
     Substitution(
         "detectron2/model_zoo/model_zoo.py",
-        r'pkg_resources\.resource_filename\(\s*"detectron2\.model_zoo", (os\.path\.join\(.*\))\s*\)',
+        r'pkg_resources\.resource_filename\(\s*"detectron2\.model_zoo", (os\.path.*\))\s*\)',
         r"str(pathlib.Path(__file__).parent / \1)",
     ),
     # setup.py: no extension, no torch at build time, the model-zoo YAMLs, no dead pins

@@ -5,6 +5,7 @@ Features are probed, version strings never compared: Detectron2's main branch st
 """
 
 import importlib.util
+import warnings
 from types import ModuleType
 
 INSTALL_HINT = (
@@ -16,9 +17,13 @@ INSTALL_HINT = (
 
 
 def require_detectron2() -> None:
-    """Raise ImportError with the way to install Detectron2 if it is missing."""
+    """Import Detectron2, or raise ImportError with the way to install it."""
     if importlib.util.find_spec("detectron2") is None:
         raise ImportError(INSTALL_HINT)
+    with warnings.catch_warnings():
+        # fvcore and Detectron2 script functions on import; torch 2.14 warns about each of them.
+        warnings.simplefilter("ignore", FutureWarning)
+        import detectron2.modeling  # noqa: F401
 
 
 def detectron2_extension() -> ModuleType | None:

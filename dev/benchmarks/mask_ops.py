@@ -283,7 +283,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two sizes, few rounds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7, help="at the small sizes; large ones 3")
-    parser.add_argument("--sizes", nargs="+", metavar="NxHxW", help="instead of the four of the goals")
+    parser.add_argument(
+        "--sizes", nargs="+", metavar="NxHxW", help="instead of the four of the goals"
+    )
     return parser.parse_args()
 
 

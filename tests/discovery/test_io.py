@@ -133,7 +133,7 @@ def test_sidecar_errors(tmp_path):
 
 
 def freesolo_file():
-    """The layout of the released FreeSOLO files: XYXY boxes, no areas, ids from 0, again and again."""
+    """The layout of the released FreeSOLO files: XYXY boxes, no areas, duplicate ids."""
     pixels = np.zeros((20, 30), dtype=bool)
     pixels[4:9, 10:21] = True
     annotation = {
@@ -231,7 +231,7 @@ json_values = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_mutation_is_read_or_named(tmp_path_factory, data):
-    """Replace or remove one value anywhere: a clean result or PseudoMaskError, never a traceback."""
+    """Replace or remove one value anywhere: a clean result or PseudoMaskError."""
     content = copy.deepcopy(freesolo_file())
     content["annotations"] = content["annotations"][:1]
     spots = []

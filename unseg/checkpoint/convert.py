@@ -1,4 +1,4 @@
-"""Released checkpoints to Detectron2's names, strictly: every weight finds its place or it fails."""
+"""Released checkpoints to Detectron2's names: every weight finds its place, or it fails."""
 
 import logging
 import os

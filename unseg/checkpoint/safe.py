@@ -18,11 +18,13 @@ _ALLOWED_GLOBALS = {
     ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.numeric", "_frombuffer"),
 }
 
 
 class CheckpointError(ValueError):
-    """A file of weights is damaged, holds code, or is not what it should be; the message names it."""
+    """A file of weights is damaged, holds code or is of another kind; the message names it."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -56,6 +58,7 @@ def load_weights_file(path: str | os.PathLike) -> Any:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
         RuntimeError,  # torch: a truncated archive
+        OSError,  # torch again
         EOFError,
         ValueError,
         KeyError,

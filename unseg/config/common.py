@@ -7,6 +7,8 @@ def add_common_config(cfg: CfgNode) -> None:
     """Add the shared keys to `cfg` in place."""
     # Name in the MAPPERS registry (unseg.data.build) of the mapper for training and testing.
     cfg.INPUT.MAPPER = "InstanceMapper"
+    # Take all categories for one (0): for class-agnostic models on data sets with classes.
+    cfg.INPUT.CLASS_AGNOSTIC = False
     # What to do with an image that cannot be read: "raise" (the error names the file), or "skip"
     # (it is counted and another one takes its place; above 1 % of the data it raises anyway).
     cfg.INPUT.ON_BAD_IMAGE = "raise"

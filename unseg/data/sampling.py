@@ -212,6 +212,8 @@ class ResumableLoader:
             batch_sampler=self.make_batches(self.seed, self.start_iteration),
             num_workers=self.num_workers,
             collate_fn=_as_list,
+            # DataLoader draws a number for its workers: not from the training step's generator.
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
 

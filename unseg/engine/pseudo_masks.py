@@ -234,7 +234,7 @@ class PseudoMaskJob:
         """:meth:`collect` once every unit is finished, by whichever process gets here first.
 
         Returns:
-            None if units are still missing (the log says how many) or another process is collecting.
+            None if units are still missing (the log says how many) or another process collects.
         """
         with self.work_dir.lock() as locked:
             if not locked:

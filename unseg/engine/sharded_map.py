@@ -107,7 +107,7 @@ class WorkDir:
     def lock(self) -> Iterator[bool]:
         """Hold the folder for one process; False if another one holds it or it is gone."""
         try:
-            marker = open(self.path / "job.json")  # noqa: SIM115 (closed below)
+            marker = open(self.path / "job.json")
         except FileNotFoundError:
             yield False
             return

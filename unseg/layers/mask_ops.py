@@ -32,7 +32,6 @@ from unseg.layers.packed_masks import (
 Masks = Tensor | PackedMasks
 
 
-@torch.no_grad()
 def mask_iou(
     masks1: Masks,
     masks2: Masks | None = None,
@@ -86,7 +85,7 @@ def mask_iou(
 
     if masks2 is not None:
         _check_sizes(masks1, masks2)
-    if has_native(masks1.device):
+    if has_native(masks1.device.type):
         if isinstance(masks1, PackedMasks) or isinstance(masks2, PackedMasks):
             masks1 = pack_masks(masks1)  # one layout on both sides
             masks2 = None if masks2 is None else pack_masks(masks2)
@@ -99,7 +98,6 @@ def mask_iou(
     return reference.overlap(flat1, labels1, _flat(masks2), labels2, number)
 
 
-@torch.no_grad()
 def mask_nms(
     masks: Masks,
     scores: Tensor,
@@ -139,12 +137,15 @@ def mask_nms(
     threshold = _check_number(iou_threshold, "iou_threshold")
     if not threshold >= 0:
         raise ValueError(f"iou_threshold must be at least 0, not {threshold}")
-    order = _falling(_check_scores(scores, masks))
+    scores = _check_scores(scores, masks)
     labels = _check_labels(labels, masks, "labels", "masks")
-    if has_native(masks.device):
-        keep = torch.ops.unseg.mask_nms(*_operand(masks), labels, order, threshold, number)
-    else:
-        keep = reference.nms_keep(_flat(masks), labels, order, threshold, number)
+    if has_native(masks.device.type):
+        keep, ranked, count = torch.ops.unseg.mask_nms(
+            *_operand(masks), labels, scores, threshold, number
+        )
+        return keep if return_mask else ranked[: int(count)]
+    order = _falling(scores)
+    keep = reference.nms_keep(_flat(masks), labels, order, threshold, number)
     return keep if return_mask else order[keep[order]]
 
 
@@ -171,7 +172,6 @@ def batched_mask_nms(masks: Masks, scores: Tensor, idxs: Tensor, iou_threshold: 
     )
 
 
-@torch.no_grad()
 def matrix_nms(
     masks: Masks,
     scores: Tensor,
@@ -207,16 +207,14 @@ def matrix_nms(
     width = _check_number(sigma, "sigma")
     if not (width > 0 and math.isfinite(width)):
         raise ValueError(f"sigma must be positive and finite, not {width}")
-    order = _falling(_check_scores(scores, masks))
+    scores = _check_scores(scores, masks)
     labels = _check_labels(labels, masks, "labels", "masks")
-    if has_native(masks.device):
-        decay = torch.ops.unseg.matrix_nms_decay(*_operand(masks), labels, order, number, width)
-    else:
-        decay = reference.matrix_decay(_flat(masks), labels, order, number, width)
-    return (scores.detach().double() * decay).float()
+    if has_native(masks.device.type):
+        return torch.ops.unseg.matrix_nms(*_operand(masks), labels, scores, number, width)
+    decay = reference.matrix_decay(_flat(masks), labels, _falling(scores), number, width)
+    return (scores.double() * decay).float()
 
 
-@torch.no_grad()
 def keep_decayed(
     decayed_scores: Tensor, update_threshold: float = 0.05, max_num: int = 100
 ) -> Tensor:
@@ -241,7 +239,7 @@ def keep_decayed(
         raise TypeError(f"max_num must be an int, not {type(max_num).__name__}")
     if max_num < 0:
         raise ValueError(f"max_num must be at least 0, not {max_num}")
-    order = _falling(decayed_scores)
+    order = _falling(decayed_scores.detach())
     limit = _check_number(update_threshold, "update_threshold")
     return order[decayed_scores[order] >= limit][:max_num]
 
@@ -286,6 +284,7 @@ def _check_sizes(masks1: Masks, masks2: Masks) -> None:
 
 
 def _check_scores(scores: Tensor, masks: Masks) -> Tensor:
+    """The scores, cut off from their graph."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"scores must be a tensor, not {type(scores).__name__}")
     if not scores.is_floating_point():
@@ -293,7 +292,7 @@ def _check_scores(scores: Tensor, masks: Masks) -> Tensor:
     if scores.dim() != 1 or scores.shape[0] != masks.shape[0]:
         raise ValueError(f"scores must be ({masks.shape[0]},), not {tuple(scores.shape)}")
     _same_device(masks, "masks", scores, "scores")
-    return scores
+    return scores.detach() if scores.requires_grad else scores
 
 
 def _check_labels(labels: Tensor | None, masks: Masks, name: str, owner: str) -> Tensor | None:
@@ -324,7 +323,7 @@ def _falling(scores: Tensor) -> Tensor:
     The negated scores rise, and torch sorts NaN above all numbers. 0 - x also makes one zero of the
     two, which a radix sort might tell apart.
     """
-    return torch.sort(0.0 - scores.detach(), stable=True).indices
+    return torch.sort(0.0 - scores, stable=True).indices
 
 
 def _operand(masks: Masks) -> tuple[Tensor, Tensor | None]:

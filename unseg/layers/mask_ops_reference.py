@@ -170,7 +170,7 @@ def nms_keep(
     iou_threshold: float,
     mode: int,
 ) -> Tensor:
-    """See unseg::mask_nms: bool (N,), kept masks.
+    """See unseg::mask_nms: bool (N,), which masks are kept.
 
     In blocks of candidates: drop those that a kept mask suppresses, then resolve the rest among
     themselves on the host. Masks that were dropped are never compared again.
@@ -227,7 +227,7 @@ def _resolve(hit: Tensor) -> Tensor:
 def matrix_decay(
     flat: Tensor, labels: Tensor | None, order: Tensor, kernel: int, sigma: float
 ) -> Tensor:
-    """See unseg::matrix_nms_decay: float64 (N,), input order.
+    """See unseg::matrix_nms: the factors of the scores, float64 (N,), in input order.
 
     Only the upper triangle is computed, a block of columns at a time.
     """

@@ -68,12 +68,15 @@ def _register_fakes() -> None:
         return masks1.new_empty((masks1.shape[0], columns), dtype=dtype)
 
     @torch.library.register_fake("unseg::mask_nms")
-    def _(masks, meta, labels, order, iou_threshold, mode):
-        return masks.new_empty((masks.shape[0],), dtype=torch.bool)
+    def _(masks, meta, labels, scores, iou_threshold, mode):
+        count = masks.shape[0]
+        keep = masks.new_empty((count,), dtype=torch.bool)
+        ranked = masks.new_empty((count,), dtype=torch.int64)
+        return keep, ranked, masks.new_empty((), dtype=torch.int64)
 
-    @torch.library.register_fake("unseg::matrix_nms_decay")
-    def _(masks, meta, labels, order, kernel, sigma):
-        return masks.new_empty((masks.shape[0],), dtype=torch.float64)
+    @torch.library.register_fake("unseg::matrix_nms")
+    def _(masks, meta, labels, scores, kernel, sigma):
+        return masks.new_empty((masks.shape[0],), dtype=torch.float32)
 
 
 _LOADED = _load()
@@ -92,7 +95,8 @@ def has_native(device: torch.device | str = "cpu") -> bool:
     Without them the same functions run as plain PyTorch, on the tensors' own device, with the same
     results. False after ``UNSEG_NO_EXT=1`` in the environment at import.
     """
-    return torch.device(device).type in _DEVICES
+    kind = device.split(":")[0] if isinstance(device, str) else device.type
+    return kind in _DEVICES
 
 
 def backend(device: torch.device | str = "cpu") -> str:

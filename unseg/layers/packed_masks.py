@@ -197,8 +197,9 @@ def check_dense(masks: Tensor, threshold: float | None, name: str = "masks") -> 
 
 def _pack_tensor(masks: Tensor, threshold: float | None) -> PackedMasks:
     limit = check_dense(masks, threshold)
-    masks = masks.detach()
-    pack = torch.ops.unseg.pack_masks if has_native(masks.device) else reference.pack
+    if masks.requires_grad:
+        masks = masks.detach()
+    pack = torch.ops.unseg.pack_masks if has_native(masks.device.type) else reference.pack
     bits, meta = pack(masks, limit)
     return PackedMasks(bits, meta, (masks.shape[1], masks.shape[2]), "C")
 

@@ -35,6 +35,7 @@ class InstanceMapper:
         augmentations: Sequence[T.Augmentation | T.Transform],
         image_format: str = "RGB",
         with_masks: bool = True,
+        class_agnostic: bool = False,
     ):
         """
         Args:
@@ -42,11 +43,13 @@ class InstanceMapper:
             augmentations: applied to the image and the masks.
             image_format: "RGB" or "BGR".
             with_masks: give ``instances`` the field ``gt_masks`` (BitMasks).
+            class_agnostic: every category becomes 0.
         """
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.with_masks = with_masks
+        self.class_agnostic = class_agnostic
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
@@ -58,6 +61,7 @@ class InstanceMapper:
             "augmentations": augmentations,
             "image_format": cfg.INPUT.FORMAT,
             "with_masks": cfg.MODEL.MASK_ON,
+            "class_agnostic": cfg.INPUT.CLASS_AGNOSTIC,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +115,8 @@ class InstanceMapper:
             raise ValueError("its annotations have no 'segmentation', but MODEL.MASK_ON is True")
         elif self.with_masks:  # models read the field also from images without objects
             instances.gt_masks = BitMasks(torch.zeros((0, *size), dtype=torch.bool))
+        if self.class_agnostic:
+            instances.gt_classes = torch.zeros_like(instances.gt_classes)
         instances = detection_utils.filter_empty_instances(instances)
         if not self.with_masks and instances.has("gt_masks"):
             instances.remove("gt_masks")

@@ -23,13 +23,13 @@ TORCH_LIBRARY(unseg, m) {
   m.def(
       "mask_overlap(Tensor masks1, Tensor? meta1, Tensor? labels1, Tensor? masks2, Tensor? meta2, "
       "Tensor? labels2, int mode) -> Tensor");
-  // Kept masks, bool (N,), where order holds the indices by falling score.
+  // What is kept: bool (N,); indices by falling score, int64 (N,), filled up with -1; their number.
   m.def(
-      "mask_nms(Tensor masks, Tensor? meta, Tensor? labels, Tensor order, float iou_threshold, "
-      "int mode) -> Tensor");
-  // The factors of matrix NMS, float64 (N,) in the order of the input.
+      "mask_nms(Tensor masks, Tensor? meta, Tensor? labels, Tensor scores, float iou_threshold, "
+      "int mode) -> (Tensor keep, Tensor ranked, Tensor count)");
+  // Decayed scores, float32 (N,).
   m.def(
-      "matrix_nms_decay(Tensor masks, Tensor? meta, Tensor? labels, Tensor order, int kernel, "
+      "matrix_nms(Tensor masks, Tensor? meta, Tensor? labels, Tensor scores, int kernel, "
       "float sigma) -> Tensor");
   // The instruction set of the CPU kernels in use.
   m.def("mask_isa() -> str", [] { return std::string(unseg::mask_kernels().name); });

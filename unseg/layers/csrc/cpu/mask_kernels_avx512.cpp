@@ -27,7 +27,7 @@ namespace avx512 {
 
 const MaskKernels* mask_kernels_avx512() {
   using namespace avx512;
-  static const MaskKernels table = {"avx512",     pack,        describe,    overlap_tile,
+  static const MaskKernels table = {"avx512", pack,        describe,    overlap_tile,
                                     suppressed, matrix_most, matrix_decay};
   return &table;
 }

@@ -25,7 +25,7 @@ static inline int64_t popcount64(uint64_t v) { return __builtin_popcountll(v); }
 
 const MaskKernels* mask_kernels_popcnt() {
   using namespace popcnt;
-  static const MaskKernels table = {"popcnt",   pack,        describe,    overlap_tile,
+  static const MaskKernels table = {"popcnt", pack,        describe,    overlap_tile,
                                     suppressed, matrix_most, matrix_decay};
   return &table;
 }

@@ -1,11 +1,14 @@
-// unseg::mask_overlap, unseg::mask_nms and unseg::matrix_nms_decay on the CPU.
+// unseg::mask_overlap, unseg::mask_nms and unseg::matrix_nms on the CPU.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "large_tensor.h"
 #include "ordered_masks.h"
@@ -42,15 +45,15 @@ at::Tensor mask_overlap(const at::Tensor& masks1, const OptionalTensor& meta1,
 
   at::Tensor out = empty_large({n, m}, mode == kInter ? at::kInt : at::kFloat);
   void* values = out.mutable_data_ptr();
-  const bool mirror = self && mode != kIoA && mode != kIoB;
+  const bool symmetric = self && mode != kIoA && mode != kIoB;
   std::vector<std::pair<int64_t, int64_t>> tiles;
   for (int64_t i = 0; i < n; i += kBlock) {
-    for (int64_t j = mirror ? i : 0; j < m; j += kBlock) tiles.emplace_back(i, j);
+    for (int64_t j = symmetric ? i : 0; j < m; j += kBlock) tiles.emplace_back(i, j);
   }
   const MaskKernels& kernels = mask_kernels();
   at::parallel_for(0, static_cast<int64_t>(tiles.size()), 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      kernels.overlap_tile(a, b, tiles[t].first, tiles[t].second, static_cast<int>(mode), mirror,
+      kernels.overlap_tile(a, b, tiles[t].first, tiles[t].second, static_cast<int>(mode), symmetric,
                            values, m);
     }
   });
@@ -60,53 +63,56 @@ at::Tensor mask_overlap(const at::Tensor& masks1, const OptionalTensor& meta1,
 // Greedy NMS, 64 candidates at a time: each is first tested against the masks kept so far, all
 // candidates side by side; then, one after the other, against the candidates kept before it. What
 // is kept does not depend on the number of threads.
-at::Tensor mask_nms(const at::Tensor& packed_or_dense, const OptionalTensor& meta,
-                    const OptionalTensor& labels, const at::Tensor& order, double threshold, int64_t mode) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> mask_nms(
+    const at::Tensor& packed_or_dense, const OptionalTensor& meta, const OptionalTensor& labels,
+    const at::Tensor& scores, double threshold, int64_t mode) {
   TORCH_CHECK_VALUE(mode >= kIoU && mode < kInter, "mode must be 0 to 3, not ", mode);
   TORCH_CHECK_VALUE(threshold >= 0, "iou_threshold must be at least 0, not ", threshold);
   const PackedRows rows(packed_or_dense, meta, "masks");
-  const int64_t n = rows.count(), words = rows.words();
+  const int64_t n = rows.count();
   std::vector<int32_t> small, none;
   small_labels(labels, n, std::nullopt, 0, &small, &none);
+  const std::vector<int64_t> order = falling_order(read_scores(scores, n));
   const OrderedMasks all(rows, small, &order);
   const MaskView& masks = all.view();
   OrderedMasks kept(n);
   const MaskKernels& kernels = mask_kernels();
   const int overlap = static_cast<int>(mode);
 
-  at::Tensor keep = at::zeros({n}, at::kBool);
+  at::Tensor keep = at::zeros({n}, at::kBool), ranked = at::empty({n}, at::kLong);
   bool* flags = keep.mutable_data_ptr<bool>();
-  const int64_t* indices = order.const_data_ptr<int64_t>();
+  int64_t* indices = ranked.mutable_data_ptr<int64_t>();
+  std::fill(indices, indices + n, -1);
   int64_t last_counted = 0;  // pairs counted for the block before: what the next one will cost
   for (int64_t block = 0; block < n; block += kBlock) {
-    const int64_t size = std::min(kBlock, n - block);
+    const int64_t size = std::min(kBlock, n - block), before = kept.view().count;
     std::array<bool, kBlock> dropped{};
     std::array<int64_t, kBlock> counted{};
-    const auto test = [&](int64_t begin, int64_t end) {
+    // Waking threads takes as long as some 100 000 bounds or words.
+    const bool worth = before * size + last_counted * rows.words() > 100000;
+    at::parallel_for(0, size, worth ? 8 : size, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         dropped[k] =
             kernels.suppressed(kept.view(), 0, masks, block + k, overlap, threshold, &counted[k]);
       }
-    };
-    // Waking threads takes as long as some 100 000 bounds or words.
-    const bool worth = kept.view().count * size + last_counted * words > 100000;
-    at::parallel_for(0, size, worth ? 8 : size, test);
+    });
     last_counted = 0;
-    const int64_t before = kept.view().count;
     for (int64_t k = 0; k < size; ++k) {
       last_counted += counted[k];
       if (dropped[k] || kernels.suppressed(kept.view(), before, masks, block + k, overlap,
                                            threshold, &last_counted)) {
         continue;
       }
+      const int64_t index = order[block + k];
+      indices[kept.view().count] = index;
+      flags[index] = true;
       kept.append(masks, block + k);
-      flags[indices[block + k]] = true;
     }
   }
-  return keep;
+  return {keep, ranked, at::scalar_tensor(kept.view().count, at::kLong)};
 }
 
-// Calls body(j) for all columns. Column j costs about j, so a thread takes columns from both ends.
+// Splits the columns evenly. Column j costs about j, so a thread takes columns from both ends.
 template <typename Body>
 void for_columns(int64_t n, Body body) {
   const int64_t pairs = (n + 1) / 2;
@@ -118,9 +124,9 @@ void for_columns(int64_t n, Body body) {
   });
 }
 
-at::Tensor matrix_nms_decay(const at::Tensor& packed_or_dense, const OptionalTensor& meta,
-                            const OptionalTensor& labels, const at::Tensor& order, int64_t kernel,
-                            double sigma) {
+at::Tensor matrix_nms(const at::Tensor& packed_or_dense, const OptionalTensor& meta,
+                      const OptionalTensor& labels, const at::Tensor& scores, int64_t kernel,
+                      double sigma) {
   TORCH_CHECK_VALUE(kernel == kGaussian || kernel == kLinear, "kernel must be 0 or 1, not ",
                     kernel);
   TORCH_CHECK_VALUE(kernel == kLinear || (sigma > 0 && std::isfinite(sigma)),
@@ -129,6 +135,8 @@ at::Tensor matrix_nms_decay(const at::Tensor& packed_or_dense, const OptionalTen
   const int64_t n = rows.count();
   std::vector<int32_t> small, none;
   small_labels(labels, n, std::nullopt, 0, &small, &none);
+  const std::vector<double> values = read_scores(scores, n);
+  const std::vector<int64_t> order = falling_order(values);
   const OrderedMasks ordered(rows, small, &order);
   const MaskView& masks = ordered.view();
   const MaskKernels& kernels = mask_kernels();
@@ -146,17 +154,18 @@ at::Tensor matrix_nms_decay(const at::Tensor& packed_or_dense, const OptionalTen
     for (int64_t j = begin; j < end; ++j) kernels.matrix_decay(masks, j, state);
   });
 
-  at::Tensor out = at::ones({n}, at::kDouble);
-  double* values = out.mutable_data_ptr<double>();
-  const int64_t* indices = order.const_data_ptr<int64_t>();
-  for (int64_t j = 0; j < n; ++j) values[indices[j]] = decay[j];
+  at::Tensor out = at::empty({n}, at::kFloat);
+  float* decayed = out.mutable_data_ptr<float>();
+  for (int64_t j = 0; j < n; ++j) {
+    decayed[order[j]] = static_cast<float>(values[order[j]] * decay[j]);
+  }
   return out;
 }
 
 TORCH_LIBRARY_IMPL(unseg, CPU, m) {
   m.impl("mask_overlap", mask_overlap);
   m.impl("mask_nms", mask_nms);
-  m.impl("matrix_nms_decay", matrix_nms_decay);
+  m.impl("matrix_nms", matrix_nms);
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
 #include "ordered_masks.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <utility>
 
 namespace unseg {
 
@@ -13,26 +15,15 @@ OrderedMasks::OrderedMasks(int64_t capacity)
             field(3), field(4),     field(5), field(6), field(7)} {}
 
 OrderedMasks::OrderedMasks(const PackedRows& rows, const std::vector<int32_t>& labels,
-                           const at::Tensor* order)
+                           const std::vector<int64_t>* order)
     : OrderedMasks(rows.count()) {
-  const int64_t count = rows.count();
-  const int64_t* indices = nullptr;
-  if (order != nullptr) {
-    TORCH_CHECK_TYPE(order->scalar_type() == at::kLong, "order must be int64, not ",
-                     order->scalar_type());
-    TORCH_CHECK_VALUE(order->dim() == 1 && order->size(0) == count && order->is_contiguous(),
-                      "order must be contiguous with shape (", count, "), not ", order->sizes());
-    TORCH_CHECK(order->is_cpu(), "order is on ", order->device(), ", the masks are on the CPU");
-    indices = order->const_data_ptr<int64_t>();
-  }
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t i = indices != nullptr ? indices[k] : k;
-    TORCH_CHECK_INDEX(i >= 0 && i < count, "order holds ", i, ", but there are ", count, " masks");
+  for (int64_t k = 0; k < rows.count(); ++k) {
+    const int64_t i = order != nullptr ? (*order)[k] : k;
     rows_[k] = rows.row(i);
     for (int f = 0; f < kSpare; ++f) field(f)[k] = rows.meta(i)[f];
     field(kSpare)[k] = labels.empty() ? 0 : labels[i];
   }
-  view_.count = count;
+  view_.count = rows.count();
 }
 
 void OrderedMasks::append(const MaskView& other, int64_t j) {
@@ -41,6 +32,40 @@ void OrderedMasks::append(const MaskView& other, int64_t j) {
                                               other.y1,   other.first, other.last, other.label};
   for (int f = 0; f < kMetaFields; ++f) field(f)[k] = source[f][j];
   rows_[k] = other.row[j];
+}
+
+std::vector<double> read_scores(const at::Tensor& scores, int64_t count) {
+  TORCH_CHECK_TYPE(at::isFloatingType(scores.scalar_type()), "scores must be floating, not ",
+                   scores.scalar_type());
+  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.size(0) == count, "scores must have shape (", count,
+                    "), not ", scores.sizes());
+  TORCH_CHECK(scores.is_cpu(), "scores are on ", scores.device(), ", the masks are on the CPU");
+  if (scores.scalar_type() == at::kFloat && scores.is_contiguous()) {
+    const float* values = scores.const_data_ptr<float>();
+    return {values, values + count};
+  }
+  const at::Tensor exact = scores.to(at::kDouble).contiguous();
+  const double* values = exact.const_data_ptr<double>();
+  return {values, values + count};
+}
+
+std::vector<int64_t> falling_order(const std::vector<double>& scores) {
+  std::vector<std::pair<double, int64_t>> ranked;
+  ranked.reserve(scores.size());
+  std::vector<int64_t> not_numbers;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    if (std::isnan(scores[i])) {
+      not_numbers.push_back(static_cast<int64_t>(i));
+    } else {
+      ranked.emplace_back(0.0 - scores[i], static_cast<int64_t>(i));  // 0 - x: one zero, not two
+    }
+  }
+  std::sort(ranked.begin(), ranked.end());
+  std::vector<int64_t> order;
+  order.reserve(scores.size());
+  for (const auto& entry : ranked) order.push_back(entry.second);
+  order.insert(order.end(), not_numbers.begin(), not_numbers.end());
+  return order;
 }
 
 void small_labels(const std::optional<at::Tensor>& labels1, int64_t count1,

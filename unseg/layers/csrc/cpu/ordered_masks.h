@@ -15,9 +15,9 @@ class OrderedMasks {
  public:
   // Room for `capacity` masks, none of them there yet.
   explicit OrderedMasks(int64_t capacity);
-  // The masks in `order`, as they come if not given. `labels` as from small_labels(), or empty.
-  // Raises on an order that does not fit.
-  OrderedMasks(const PackedRows& rows, const std::vector<int32_t>& labels, const at::Tensor* order);
+  // The masks `order`, all of them as they come if null. `labels` as from small_labels(), or empty.
+  OrderedMasks(const PackedRows& rows, const std::vector<int32_t>& labels,
+               const std::vector<int64_t>* order);
   OrderedMasks(const OrderedMasks&) = delete;
   OrderedMasks& operator=(const OrderedMasks&) = delete;
 
@@ -34,6 +34,12 @@ class OrderedMasks {
   std::vector<const uint64_t*> rows_;
   MaskView view_;
 };
+
+// Scores as float64. Raises unless they are floating with shape (count,), on the CPU.
+std::vector<double> read_scores(const at::Tensor& scores, int64_t count);
+
+// Indices by falling score; equal scores in input order, NaN last.
+std::vector<int64_t> falling_order(const std::vector<double>& scores);
 
 // int64 labels as int32 numbers, equal where the labels are equal, over both tensors alike. Absent
 // tensors give empty vectors. Raises on a wrong shape or type.

@@ -20,10 +20,11 @@ static inline int64_t count_common(const uint64_t* a, const uint64_t* b, int64_t
   return even + odd;
 }
 
-// out[stride * j + i] = in[64 * i + j] for a block of 4 x 4 values of 32 bits.
-static inline void transpose_4x4(const uint32_t* in, uint32_t* out, int64_t stride) {
+// out[out_stride * j + i] = in[in_stride * i + j] for a block of 4 x 4 values of 32 bits.
+static inline void transpose_4x4(const uint32_t* in, int64_t in_stride, uint32_t* out,
+                                 int64_t out_stride) {
   for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < 4; ++j) out[stride * j + i] = in[64 * i + j];
+    for (int j = 0; j < 4; ++j) out[out_stride * j + i] = in[in_stride * i + j];
   }
 }
 

@@ -6,13 +6,12 @@ struct Tile {
   uint64_t rows;
 };
 
-// Which pairs of the tile to count, and the words in which both sides have pixels at all.
+// The tile's size, the words in which both sides have pixels at all, and what counting takes.
 struct TilePlan {
-  uint64_t candidates[kBlock];  // bit j of word i: the boxes meet and the labels are equal
-  int64_t rows, columns;        // size of the tile
+  int64_t rows, columns;
   int64_t begin, end;
-  int64_t pairs;
-  int64_t longest;  // an estimate of the words that a pair has in common
+  int64_t row_words;  // words of all rows within [begin, end)
+  int64_t pair_words;  // an estimate of the words that a pair has in common
 };
 
 // Bit k: the box of mask begin + k of `a` meets that of mask j of `b`, and the labels are equal.
@@ -39,55 +38,60 @@ static inline void hull(const MaskView& v, int64_t begin, int64_t count, int64_t
   *last = 0;
   for (int64_t k = begin; k < begin + count; ++k) {
     if (v.area[k] == 0) continue;
-    *first = least(static_cast<int32_t>(*first), v.first[k]);
-    *last = most(static_cast<int32_t>(*last), v.last[k]);
+    if (v.first[k] < *first) *first = v.first[k];
+    if (v.last[k] > *last) *last = v.last[k];
     sum += v.last[k] - v.first[k];
   }
   *mean = sum / count;
 }
 
-static inline TilePlan plan_tile(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0,
-                                 bool mirror) {
+static inline TilePlan plan_tile(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0) {
   TilePlan plan;
   plan.rows = a.count - i0 < kBlock ? a.count - i0 : kBlock;
   plan.columns = b.count - j0 < kBlock ? b.count - j0 : kBlock;
-  plan.pairs = 0;
   int64_t first[2], last[2], mean[2];
   hull(a, i0, plan.rows, &first[0], &last[0], &mean[0]);
   hull(b, j0, plan.columns, &first[1], &last[1], &mean[1]);
   plan.begin = first[0] > first[1] ? first[0] : first[1];
   plan.end = last[0] < last[1] ? last[0] : last[1];
-  plan.longest = mean[0] < mean[1] ? mean[0] : mean[1];
-  for (int64_t i = 0; i < plan.rows; ++i) {
-    uint64_t bits = meeting(b, j0, a, i0 + i);
-    if (mirror && i0 == j0) bits &= ~low_bits(i);  // on the diagonal one half is enough
-    plan.candidates[i] = bits;
-    plan.pairs += __builtin_popcountll(bits);
+  plan.pair_words = mean[0] < mean[1] ? mean[0] : mean[1];
+  plan.row_words = 0;
+  for (int64_t i = i0; i < i0 + plan.rows; ++i) {
+    const int64_t from = a.first[i] > plan.begin ? a.first[i] : plan.begin;
+    const int64_t to = a.last[i] < plan.end ? a.last[i] : plan.end;
+    if (from < to) plan.row_words += to - from;
   }
   return plan;
 }
 
-static inline void count_pairs(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0,
-                               const TilePlan& plan, Tile* tile) {
+// Only pairs whose boxes meet; with `diagonal`, where i and j are the same masks, each pair once.
+// Returns false, with nothing counted, if that takes more than `budget` clocks.
+static inline bool count_pairs(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0,
+                               bool diagonal, const TilePlan& plan, int64_t budget, Tile* tile) {
+  uint64_t candidates[kBlock] = {};
+  int64_t pairs = 0;
   for (int64_t i = 0; i < plan.rows; ++i) {
-    uint64_t bits = plan.candidates[i];
-    if (bits == 0) continue;
-    tile->rows |= 1ULL << i;
-    __builtin_memset(tile->inter[i], 0, sizeof(tile->inter[i]));
-    for (; bits != 0; bits &= bits - 1) {
+    candidates[i] = meeting(b, j0, a, i0 + i);
+    if (candidates[i] != 0) tile->rows |= 1ULL << i;
+    if (diagonal) candidates[i] &= ~low_bits(i);
+    pairs += __builtin_popcountll(candidates[i]);
+  }
+  if (pairs * (24 + plan.pair_words / 5) > budget) return false;
+  for (int64_t i = 0; i < plan.rows; ++i) {
+    if (tile->rows >> i & 1) __builtin_memset(tile->inter[i], 0, sizeof(tile->inter[i]));
+  }
+  for (int64_t i = 0; i < plan.rows; ++i) {
+    for (uint64_t bits = candidates[i]; bits != 0; bits &= bits - 1) {
       const int64_t j = __builtin_ctzll(bits);
-      tile->inter[i][j] = static_cast<int32_t>(intersection(a, i0 + i, b, j0 + j));
+      const auto inter = static_cast<int32_t>(intersection(a, i0 + i, b, j0 + j));
+      tile->inter[i][j] = inter;
+      if (diagonal) tile->inter[j][i] = inter;
     }
   }
+  return true;
 }
 
 #ifdef UNSEG_HAS_COLUMNS
-// Clocks, roughly, as measured: counting everything, or only the pairs that meet.
-static inline bool columns_are_cheaper(const TilePlan& plan) {
-  const int64_t all = 900 * (plan.end - plan.begin);
-  return all < plan.pairs * (24 + plan.longest / 5);
-}
-
 // All pairs, a stretch of words at a time so that the transposed words stay in the first cache.
 static inline void count_all(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0,
                              const TilePlan& plan, Tile* tile) {
@@ -123,6 +127,22 @@ static inline void count_all(const MaskView& a, const MaskView& b, int64_t i0, i
   }
 }
 #endif
+
+// Chooses the cheaper way. The numbers are clocks, roughly, measured.
+static inline void count_tile(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0,
+                              bool diagonal, const TilePlan& plan, Tile* tile) {
+  tile->rows = 0;
+  if (plan.begin >= plan.end) return;
+#ifdef UNSEG_HAS_COLUMNS
+  constexpr int64_t kBoxes = 4000;  // comparing all boxes
+  const int64_t all = 20 * kBlock + 12 * plan.row_words + 40 * (plan.end - plan.begin);
+  if (all < kBoxes || !count_pairs(a, b, i0, j0, diagonal, plan, all - kBoxes, tile)) {
+    count_all(a, b, i0, j0, plan, tile);
+  }
+#else
+  count_pairs(a, b, i0, j0, diagonal, plan, INT64_MAX, tile);
+#endif
+}
 
 // One row of intersections to overlaps. While all numbers are below 2^24, float32 holds them
 // exactly and its one rounding gives the same value as float64 rounded to float32.
@@ -165,55 +185,43 @@ static inline int32_t largest_area(const MaskView& v, int64_t begin) {
   return largest;
 }
 
-// Values are moved as 32-bit patterns here, float32 or int32 alike.
-static inline void write_tile(const uint32_t (*values)[kBlock], const TilePlan& plan, int64_t i0,
-                              int64_t j0, bool mirror, uint32_t* out, int64_t stride) {
-  for (int64_t i = 0; i < plan.rows; ++i) {
-    __builtin_memcpy(out + (i0 + i) * stride + j0, values[i], plan.columns * sizeof(uint32_t));
+// Writes up to four rows of a tile, and with `mirror` the same values as columns below the diagonal.
+// Values are moved as 32-bit patterns, float32 or int32 alike.
+static inline void write_rows(const uint32_t (*values)[kBlock], int64_t rows, int64_t columns,
+                              bool mirror, uint32_t* across, uint32_t* down, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    if (columns == kBlock) {  // of constant size: no call
+      __builtin_memcpy(across + i * stride, values[i], sizeof(values[i]));
+    } else {
+      __builtin_memcpy(across + i * stride, values[i], columns * sizeof(uint32_t));
+    }
   }
   if (!mirror) return;
-  for (int64_t j = 0; j < plan.columns; j += 4) {
-    for (int64_t i = 0; i < plan.rows; i += 4) {
-      uint32_t* corner = out + (j0 + j) * stride + i0 + i;
-      if (j + 4 <= plan.columns && i + 4 <= plan.rows) {
-        transpose_4x4(&values[i][j], corner, stride);
-        continue;
-      }
-      for (int64_t jj = j; jj < j + 4 && jj < plan.columns; ++jj) {
-        for (int64_t ii = i; ii < i + 4 && ii < plan.rows; ++ii) {
-          out[(j0 + jj) * stride + i0 + ii] = values[ii][jj];
-        }
-      }
-    }
+  int64_t j = 0;
+  for (; rows == 4 && j + 4 <= columns; j += 4) {
+    transpose_4x4(values[0] + j, kBlock, down + j * stride, stride);
+  }
+  for (; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) down[j * stride + i] = values[i][j];
   }
 }
 
 static void overlap_tile(const MaskView& a, const MaskView& b, int64_t i0, int64_t j0, int mode,
-                         bool mirror, void* out, int64_t stride) {
-  const TilePlan plan = plan_tile(a, b, i0, j0, mirror);
+                         bool symmetric, void* out, int64_t stride) {
+  const TilePlan plan = plan_tile(a, b, i0, j0);
+  const bool diagonal = symmetric && i0 == j0, mirror = symmetric && i0 != j0;
   Tile tile;
-  tile.rows = 0;
-#ifdef UNSEG_HAS_COLUMNS
-  const bool all = columns_are_cheaper(plan);
-  if (all) count_all(a, b, i0, j0, plan, &tile);
-#else
-  const bool all = false;
-#endif
-  if (!all) count_pairs(a, b, i0, j0, plan, &tile);
+  count_tile(a, b, i0, j0, diagonal, plan, &tile);
   const bool small = largest_area(a, i0) <= (1 << 23) && largest_area(b, j0) <= (1 << 23);
-  alignas(64) uint32_t values[kBlock][kBlock];
-  for (int64_t i = 0; i < plan.rows; ++i) {
-    if (tile.rows >> i & 1) {
-      ratio_row(tile, a, b, i0, i, j0, mode, small, values[i]);
-    } else {
-      __builtin_memset(values[i], 0, sizeof(values[i]));
+  uint32_t* across = static_cast<uint32_t*>(out) + i0 * stride + j0;
+  uint32_t* down = static_cast<uint32_t*>(out) + j0 * stride + i0;
+  // Four rows at a time: their writes, which miss the caches, overlap with the next divisions.
+  for (int64_t i = 0; i < plan.rows; i += 4) {
+    alignas(64) uint32_t values[4][kBlock] = {};
+    const int64_t rows = plan.rows - i < 4 ? plan.rows - i : 4;
+    for (int64_t k = 0; k < rows; ++k) {
+      if (tile.rows >> (i + k) & 1) ratio_row(tile, a, b, i0, i + k, j0, mode, small, values[k]);
     }
+    write_rows(values, rows, plan.columns, mirror, across + i * stride, down + i, stride);
   }
-  const bool diagonal = mirror && i0 == j0;
-  if (diagonal) {
-    for (int64_t i = 0; i < plan.rows; ++i) {
-      for (int64_t j = 0; j < i; ++j) values[i][j] = values[j][i];
-    }
-  }
-  write_tile(values, plan, i0, j0, mirror && !diagonal, static_cast<uint32_t*>(out), stride);
 }

@@ -1,0 +1,222 @@
+"""Masks of whole folders and data sets: complete, identical for any number of processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from torch import nn
+
+from unseg.config import load_config
+from unseg.data import build_mapper
+from unseg.data.image import ImageReadError
+from unseg.discovery import load_pseudo_masks
+from unseg.engine import PseudoMaskJob, images_in_folder, images_of_dataset
+
+CONFIG = "projects/FreeSOLO/configs/free_masks_tiny.yaml"
+# large masks count here, and little time is spent
+OPTS = ["DISCOVERY.FREE_MASK.MAX_AREA", 1.0, "DISCOVERY.FREE_MASK.SCORE_THRESHOLD", 0.5,
+        "DISCOVERY.BATCH_SIZE", 3, "INPUT.MIN_SIZE_TEST", 64]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eleven images of several sizes and kinds in two folders."""
+    root = tmp_path_factory.mktemp("images")
+    (root / "sub").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(11):
+        h, w = [(64, 80), (80, 64), (50, 90)][i % 3]
+        image = rng.integers(0, 60, (h, w, 3), dtype=np.uint8)
+        image[10:40, 5 + 2 * i : 30 + 2 * i] += np.array([150, 20, 60], dtype=np.uint8)
+        name = f"sub/{i}.png" if i % 2 else f"{i}.jpg"
+        mode = ["RGB", "L", "RGB", "P"][i % 4] if i % 2 else "RGB"
+        Image.fromarray(image).convert(mode).save(root / name)
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def bytes_of(path):
+    """The file and its sidecar by name; nothing else may be left in the folder."""
+    return {p.name: p.read_bytes() for p in path.parent.iterdir()}
+
+
+def run_job(folder, output, num_shards=1, opts=OPTS):
+    cfg = load_config(CONFIG, opts)
+    model = build_model(cfg)
+    job = PseudoMaskJob(cfg, images_in_folder(folder), output)
+    job.start(resume=False)
+    for shard in range(num_shards):
+        job.run(model, shard=shard, num_shards=num_shards)
+    return job.collect_if_complete()
+
+
+def test_every_image_is_listed_with_its_own_masks(folder, tmp_path):
+    statistics = run_job(folder, tmp_path / "x.json")
+    records = load_pseudo_masks(tmp_path / "x.json")
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.[jp][pn]g"))
+    assert [r.file_name for r in records] == names
+    assert [r.image_id for r in records] == list(range(1, 12))
+    model = build_model(load_config(CONFIG, OPTS)).eval()
+    found = 0
+    mapper = build_mapper(load_config(CONFIG, OPTS), False)
+    for record in records:
+        with Image.open(folder / record.file_name) as image:
+            assert (record.height, record.width) == image.size[::-1]
+        (expected,) = model.discover([mapper({"file_name": str(folder / record.file_name)})])
+        assert len(record.masks) == len(expected)
+        for a, b in zip(record.masks, expected, strict=True):
+            assert (a.decode() != b.decode()).sum() <= 2  # batches round differently
+            assert a.score == pytest.approx(b.score, abs=1e-5)
+        found += len(expected)
+    assert found > 11
+    assert statistics.images == 11
+    assert statistics.masks == found
+    assert not (tmp_path / "x.json.parts").exists()
+
+
+def test_any_number_of_shards_gives_the_same_bytes(folder, tmp_path):
+    for num_shards in (1, 2, 7):
+        run_job(folder, tmp_path / f"{num_shards}/x.json", num_shards)
+    files = [bytes_of(tmp_path / f"{n}/x.json") for n in (1, 2, 7)]
+    assert len(files[0]) == 2
+    assert files[0] == files[1] == files[2]
+
+
+def command(folder, output, *extra):
+    opts = [str(o) for o in OPTS]
+    return [
+        *(sys.executable, "-m", "unseg.tools.pseudo_masks", "--config-file", CONFIG),
+        *("--images", str(folder), "--output", str(output), *extra, *opts),
+    ]
+
+
+def test_killed_and_resumed_gives_the_same_bytes(folder, tmp_path):
+    run_job(folder, tmp_path / "whole/x.json")
+    output = tmp_path / "killed/x.json"
+    # the second process to be killed finds what the first one left
+    for wanted in (1, 2):
+        slow = [*command(folder, output, "--resume")]
+        process = subprocess.Popen(slow, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        end = time.monotonic() + 90
+        while _lines(tmp_path / "killed/x.json.parts") < wanted and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command(folder, output, "--resume"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "11 images" in done.stdout
+    assert bytes_of(output) == bytes_of(tmp_path / "whole/x.json")
+
+
+def _lines(parts):
+    return sum(p.read_bytes().count(b"\n") for p in parts.glob("shard-*")) if parts.exists() else 0
+
+
+def test_independent_shards_and_the_last_one_collects(folder, tmp_path):
+    run_job(folder, tmp_path / "whole/x.json")
+    output = tmp_path / "shards/x.json"
+    for shard in range(2):
+        done = subprocess.run(
+            command(folder, output, "--num-shards", "2", "--shard", str(shard)),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert output.exists() == (shard == 1)
+        assert ("still to be done" in done.stdout) == (shard == 0)
+    assert bytes_of(output) == bytes_of(tmp_path / "whole/x.json")
+
+
+def test_other_settings_cannot_resume(folder, tmp_path):
+    cfg = load_config(CONFIG, OPTS)
+    PseudoMaskJob(cfg, images_in_folder(folder), tmp_path / "x.json").start(resume=False)
+    other = load_config(CONFIG, [*OPTS, "DISCOVERY.FREE_MASK.NMS_SIGMA", 3.0])
+    job = PseudoMaskJob(other, images_in_folder(folder), tmp_path / "x.json")
+    with pytest.raises(ValueError, match=r"FREE_MASK\.NMS_SIGMA"):
+        job.start(resume=True)
+
+
+class Detector(nn.Module):
+    """Any trained model: stock instances, some below the threshold, some empty."""
+
+    def forward(self, inputs):
+        outputs = []
+        for x in inputs:
+            size = (x["height"], x["width"])
+            instances = Instances(size)
+            instances.pred_masks = torch.zeros((4, *size), dtype=torch.bool)
+            instances.pred_masks[0, :5, :5] = True
+            instances.pred_masks[1, :9, :5] = True
+            instances.pred_masks[3, :2, :2] = True
+            instances.scores = torch.tensor([0.6, 0.9, 0.8, 0.2])
+            instances.pred_boxes = Boxes(torch.zeros(4, 4))
+            outputs.append({"instances": instances})
+        return outputs
+
+
+def test_any_models_instances_become_pseudo_masks(folder, tmp_path):
+    cfg = load_config(CONFIG, [*OPTS, "DISCOVERY.SCORE_THRESHOLD", 0.5])
+    job = PseudoMaskJob(cfg, images_in_folder(folder), tmp_path / "x.json")
+    job.start(resume=False)
+    job.run(Detector())
+    statistics = job.collect_if_complete()
+    for record in load_pseudo_masks(tmp_path / "x.json"):
+        assert [m.area for m in record.masks] == [45, 25]
+        assert [round(m.score, 3) for m in record.masks] == [0.9, 0.6]
+    assert statistics.dropped["low score"] == 11
+    assert statistics.dropped["empty or beyond the best"] == 11
+
+
+def test_bad_images_raise_or_are_left_out(folder, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted(folder.glob("*.jpg"))[:3]:
+        (images / path.name).write_bytes(path.read_bytes())
+    whole = (images / "0.jpg").read_bytes()
+    (images / "broken.jpg").write_bytes(whole[: len(whole) // 2])  # its header is fine
+    (images / "empty.jpg").write_bytes(b"")
+    with pytest.raises(ImageReadError, match=r"empty\.jpg"):
+        images_in_folder(images)
+    (images / "empty.jpg").unlink()
+    with pytest.raises(ImageReadError, match=r"broken\.jpg"):
+        run_job(images, tmp_path / "x.json")
+    (images / "empty.jpg").write_bytes(b"")
+    cfg = load_config(CONFIG, [*OPTS, "INPUT.ON_BAD_IMAGE", "skip"])
+    job = PseudoMaskJob(cfg, images_in_folder(images, skip_bad=True), tmp_path / "y.json")
+    job.start(resume=False)
+    job.run(build_model(cfg))
+    statistics = job.collect_if_complete()
+    assert statistics.unreadable_images == 2
+    assert "2 images could not be read" in statistics.summary()
+    assert len(load_pseudo_masks(tmp_path / "y.json")) == 3
+
+
+def test_folders_without_images(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no image"):
+        images_in_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        images_in_folder(tmp_path / "none")
+
+
+def test_data_sets_keep_their_ids_and_relative_names():
+    source = images_of_dataset("unseg_synthetic_val")
+    assert source.root == "unseg-synthetic://val"
+    assert source.images[3].file_name == "000003.bmp"
+    assert len({image.image_id for image in source.images}) == len(source.images) == 200
+
+
+def test_file_describes_its_origin(folder, tmp_path):
+    run_job(folder, tmp_path / "x.json")
+    info = json.loads((tmp_path / "x.json").read_text())["info"]["unseg"]
+    assert info["settings"]["DISCOVERY"]["FREE_MASK"]["SCORE_THRESHOLD"] == 0.5
+    assert info["settings"]["MODEL"]["BACKBONE"]["NAME"] == "build_filter_bank_backbone"

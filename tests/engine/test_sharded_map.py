@@ -1,0 +1,140 @@
+"""Sharded jobs: the same results for any number of processes, kills and restarts."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from unseg.engine.sharded_map import WorkDir, sharded_map
+
+
+def load(unit):
+    return unit * 10
+
+
+def square(value):
+    return {"value": value * value, "text": 'quotes " and \n lines'}, 1
+
+
+EXPECTED = [square(load(u))[0] for u in range(23)]
+
+
+def open_job(path, resume=False, job=None):
+    work = WorkDir(path, job or {"a": 1}, 23)
+    work.open(resume=resume)
+    return work
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 5, 30])
+def test_any_number_of_shards(tmp_path, num_shards):
+    work = open_job(tmp_path / "job")
+    for shard in range(num_shards):
+        sharded_map(load, square, work, shard=shard, num_shards=num_shards)
+    assert list(work.results()) == EXPECTED
+
+
+def test_workers_do_not_change_the_order_or_result(tmp_path):
+    work = open_job(tmp_path / "job")
+    sharded_map(load, square, work, num_workers=2)
+    assert list(work.results()) == EXPECTED
+
+
+def test_resume_with_another_number_of_shards_does_only_what_is_missing(tmp_path):
+    work = open_job(tmp_path / "job")
+    sharded_map(load, square, work, shard=1, num_shards=3)
+    work = open_job(tmp_path / "job", resume=True)
+    seen = []
+
+    def remember(value):
+        seen.append(value // 10)
+        return square(value)
+
+    for shard in range(2):
+        sharded_map(load, remember, work, shard=shard, num_shards=2)
+    assert sorted(seen) == [u for u in range(23) if u % 3 != 1]
+    assert list(work.results()) == EXPECTED
+
+
+def test_without_resume_everything_is_done_again(tmp_path):
+    sharded_map(load, square, open_job(tmp_path / "job"))
+    work = open_job(tmp_path / "job")
+    assert work.finished() == {}
+    with pytest.raises(RuntimeError, match="23 of 23 units are missing"):
+        list(work.results())
+
+
+@pytest.mark.parametrize("cut", [1, 10, 30])
+def test_a_half_written_line_is_done_again(tmp_path, cut):
+    work = open_job(tmp_path / "job")
+    sharded_map(load, square, work)
+    (shard,) = (tmp_path / "job").glob("shard-*")
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-cut])
+    work = open_job(tmp_path / "job", resume=True)
+    assert len(work.finished()) == 22
+    sharded_map(load, square, work)
+    assert list(work.results()) == EXPECTED
+    assert shard.read_bytes() == data
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    open_job(tmp_path / "job", job={"model": {"depth": 50, "norm": "BN"}})
+    with pytest.raises(ValueError, match=r"different: job\.model\.depth"):
+        open_job(tmp_path / "job", resume=True, job={"model": {"depth": 101, "norm": "BN"}})
+
+
+def _slow(value):
+    time.sleep(0.05)
+    return square(value)
+
+
+def _work(path):
+    sharded_map(load, _slow, open_job(path, resume=True))
+
+
+def test_killed_again_and_again(tmp_path):
+    """kill -9 at odd moments; the collected results are those of an undisturbed run."""
+    open_job(tmp_path / "job")
+    context = multiprocessing.get_context("fork")
+    for delay in (0.12, 0.31, 0.07, 0.22):
+        process = context.Process(target=_work, args=(tmp_path / "job",))
+        process.start()
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    _work(tmp_path / "job")
+    assert list(open_job(tmp_path / "job", resume=True).results()) == EXPECTED
+
+
+def test_a_shard_belongs_to_one_process(tmp_path):
+    work = open_job(tmp_path / "job")
+
+    def meddle(value):
+        with pytest.raises(RuntimeError, match="another process is working on"):
+            sharded_map(load, square, work)
+        return square(value)
+
+    sharded_map(load, meddle, work)
+    assert list(work.results()) == EXPECTED
+
+
+def test_lock(tmp_path):
+    work = open_job(tmp_path / "job")
+    with work.lock() as first, WorkDir(work.path, {"a": 1}, 23).lock() as second:
+        assert first
+        assert not second
+        work.remove()
+    with work.lock() as gone:
+        assert not gone
+
+
+def test_lines_are_json_with_the_unit_first(tmp_path):
+    """`finished` reads the number without parsing the line: the format must not drift."""
+    sharded_map(load, square, open_job(tmp_path / "job"))
+    (shard,) = (tmp_path / "job").glob("shard-*")
+    for unit, line in enumerate(shard.read_text().splitlines()):
+        assert line.startswith(f'{{"unit":{unit},"result":')
+        assert json.loads(line) == {"unit": unit, "result": EXPECTED[unit]}
