@@ -84,6 +84,11 @@ def extension() -> dict:
     sources += sorted(str(p) for p in (ROOT / CSRC / "cpu").glob("*.cpp"))
     # No -std: torch adds the one that its headers need.
     compile_args = {"cxx": ["-O3", "-g0", "-fvisibility=hidden"]}
+    link_args = []
+    if sys.platform == "linux" and torch.backends.openmp.is_available():
+        # at::parallel_for is a template: without OpenMP here it would run on one thread.
+        compile_args["cxx"].append("-fopenmp")
+        link_args.append("-fopenmp")
     macros = [("Py_LIMITED_API", "0x030A0000")]
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
@@ -97,6 +102,7 @@ def extension() -> dict:
         include_dirs=[str(ROOT / CSRC)],
         define_macros=macros,
         extra_compile_args=compile_args,
+        extra_link_args=link_args,
         py_limited_api=True,
     )
     module.optional = True

@@ -5,12 +5,14 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import unseg  # noqa: F401 (registers the data sets; before detectron2, whose import warns)
+
+# isort: split
 import numpy as np
 from detectron2.data import DatasetCatalog
 from PIL import Image
 from pycocotools import mask as mask_util
 
-import unseg  # noqa: F401 (registers the data sets)
 from unseg.data.image import read_image
 from unseg.discovery import load_pseudo_masks
 from unseg.engine.drawing import draw_instances, side_by_side
@@ -18,7 +20,7 @@ from unseg.engine.drawing import draw_instances, side_by_side
 Picture = tuple[str, Path]  # caption, file
 _SCENE_SCALE = 2  # the scenes are small
 _SCENES = 12
-_CONFIDENT = 0.5  # predictions below are not drawn
+_CONFIDENT = 0.3  # predictions below are not drawn
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>unseg demo</title><style>

@@ -5,6 +5,8 @@ Features are probed, version strings never compared: Detectron2's main branch st
 """
 
 import importlib.util
+import inspect
+import platform
 import warnings
 from types import ModuleType
 
@@ -35,10 +37,15 @@ def detectron2_extension() -> ModuleType | None:
     return _C
 
 
+def launches_without_gpu() -> bool:
+    """Whether Detectron2's launch() starts several processes on a machine without a GPU."""
+    from detectron2.engine import launch
+
+    return "GLOO" in inspect.getsource(inspect.getmodule(launch))
+
+
 def describe_detectron2() -> str:
     """Version, kind of build and place, for people. Main calls itself 0.6 like the 2021 release."""
-    import inspect
-
     import detectron2
     from detectron2.engine import SimpleTrainer
 
@@ -53,8 +60,6 @@ def describe_detectron2() -> str:
 
 def cpu_name() -> str:
     """The processor's model name where the system tells it."""
-    import platform
-
     try:
         with open("/proc/cpuinfo") as file:
             names = (line.split(":", 1)[1] for line in file if line.startswith("model name"))

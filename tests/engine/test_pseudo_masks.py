@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
+from unseg import compat
 from unseg.config import load_config
 from unseg.data import build_mapper
 from unseg.data.image import ImageReadError
@@ -134,6 +135,20 @@ def test_independent_shards_and_the_last_one_collects(folder, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         assert output.exists() == (shard == 1)
         assert ("still to be done" in done.stdout) == (shard == 0)
+    assert bytes_of(output) == bytes_of(tmp_path / "whole/x.json")
+
+
+@pytest.mark.skipif(
+    not compat.launches_without_gpu() or torch.cuda.is_available(),
+    reason="Detectron2 0.5 launches several processes on GPUs only",
+)
+def test_several_processes_of_one_launch(folder, tmp_path):
+    run_job(folder, tmp_path / "whole/x.json")
+    output = tmp_path / "launched/x.json"
+    done = subprocess.run(
+        command(folder, output, "--num-gpus", "2"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     assert bytes_of(output) == bytes_of(tmp_path / "whole/x.json")
 
 

@@ -1,11 +1,11 @@
 """Mask IoU, mask NMS and matrix NMS, exact and fast on packed bits.
 
-Every function takes dense masks ``(N, H, W)`` (bool, or uint8/int8 where non-zero is set) or
-:class:`~unseg.layers.packed_masks.PackedMasks`; pack once what is used twice, and pack soft masks and
-run lengths with :func:`~unseg.layers.packed_masks.pack_masks`. Compiled kernels run where they are
-(:func:`~unseg.layers.native.has_native`), plain PyTorch elsewhere, on the masks' own device, with the
-same results: overlaps are quotients of exact integer counts, decided on in float64. All results are
-without gradient.
+Every function takes dense masks ``(N, H, W)``, bool, or uint8/int8 where non-zero is set, or
+:class:`~unseg.layers.packed_masks.PackedMasks`: pack once what is used twice, and soft masks and
+run lengths with :func:`~unseg.layers.packed_masks.pack_masks`. Compiled kernels run where there are
+some (:func:`~unseg.layers.native.has_native`), plain PyTorch elsewhere, on the masks' own device.
+Results are the same: overlaps are quotients of exact counts, decisions on them are made in float64.
+No result carries a gradient.
 
 Sources: greedy NMS and the overlaps as in pycocotools and torchvision; matrix NMS is Wang et al.,
 SOLOv2: Dynamic and Fast Instance Segmentation, 2020 (arXiv 2003.10152), section 3.3.
@@ -14,7 +14,6 @@ Dimensions: N, M masks, H W image, K kept masks.
 """
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -22,9 +21,9 @@ from torch import Tensor
 from unseg.layers import mask_ops_reference as reference
 from unseg.layers.native import KERNELS, MODES, has_native
 from unseg.layers.packed_masks import (
-    BYTE_DTYPES,
     PackedMasks,
     check_dense,
+    check_number,
     check_same_layout,
     pack_masks,
 )
@@ -134,8 +133,8 @@ def mask_nms(
         raise ValueError("mode must be iou, iomin, ioa or iob: NMS compares ratios")
     number = _choice(mode, MODES, "mode")
     _check_masks(masks, "masks")
-    threshold = _check_number(iou_threshold, "iou_threshold")
-    if not threshold >= 0:
+    threshold = check_number(iou_threshold, "iou_threshold")
+    if threshold < 0:
         raise ValueError(f"iou_threshold must be at least 0, not {threshold}")
     scores = _check_scores(scores, masks)
     labels = _check_labels(labels, masks, "labels", "masks")
@@ -204,8 +203,8 @@ def matrix_nms(
     """
     number = _choice(kernel, KERNELS, "kernel")
     _check_masks(masks, "masks")
-    width = _check_number(sigma, "sigma")
-    if not (width > 0 and math.isfinite(width)):
+    width = check_number(sigma, "sigma")
+    if not 0 < width < math.inf:
         raise ValueError(f"sigma must be positive and finite, not {width}")
     scores = _check_scores(scores, masks)
     labels = _check_labels(labels, masks, "labels", "masks")
@@ -240,7 +239,7 @@ def keep_decayed(
     if max_num < 0:
         raise ValueError(f"max_num must be at least 0, not {max_num}")
     order = _falling(decayed_scores.detach())
-    limit = _check_number(update_threshold, "update_threshold")
+    limit = check_number(update_threshold, "update_threshold")
     return order[decayed_scores[order] >= limit][:max_num]
 
 
@@ -250,12 +249,6 @@ def _choice(value: str, table: dict[str, int], name: str) -> int:
     if value not in table:
         raise ValueError(f"{name} must be one of {', '.join(table)}, not {value!r}")
     return table[value]
-
-
-def _check_number(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    return float(value)
 
 
 def _check_masks(masks: Masks, name: str) -> None:

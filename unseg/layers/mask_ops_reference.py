@@ -23,14 +23,16 @@ from unseg.layers.native import KERNELS, MODES, row_words
 CHUNK = 1 << 21
 # The largest sum that float32 accumulates exactly.
 EXACT_FLOAT = 1 << 24
+# Multiplications from which on an int8 product pays.
+SMALL_PRODUCT = 1 << 26
 # Bytes of pairwise overlaps that matrix NMS keeps from its first to its second pass; beyond that
 # it computes them again.
 KEPT_BYTES = 1 << 28
 BLOCK = 512
 
 
-def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, CHUNK // max(columns, 1))
+def _row_chunks(rows: int, columns: int, elements: int = CHUNK) -> Iterator[slice]:
+    step = max(1, elements // max(columns, 1))
     for begin in range(0, rows, step):
         yield slice(begin, min(begin + step, rows))
 
@@ -94,7 +96,7 @@ def unpack(bits: Tensor, pixels: int) -> Tensor:
 
 def flatten(masks: Tensor) -> Tensor:
     """Dense masks (N, H, W) of bool, uint8 or int8 to `flat`."""
-    return to_bool(masks, 0.0).flatten(1).view(torch.int8)
+    return to_bool(masks, 0.0).flatten(1).contiguous().view(torch.int8)
 
 
 def _int8_is_fast(device: torch.device) -> bool:
@@ -110,7 +112,9 @@ def _int8_is_fast(device: torch.device) -> bool:
 def intersections(flat1: Tensor, flat2: Tensor) -> Tensor:
     """|a AND b| of all pairs, exact: (N, M) int32, or float32 while sums stay below 2^24."""
     (n, pixels), m = flat1.shape, len(flat2)
-    if min(n, m, pixels) > 0 and _int8_is_fast(flat1.device):
+    # Not for small products, where preparing an int8 kernel takes longer than float32 in all. (Nor
+    # for one pixel, where torch 2.14 reads past the second operand on the CPU.)
+    if n * m * pixels >= SMALL_PRODUCT and pixels >= 16 and _int8_is_fast(flat1.device):
         if flat1.is_cuda:  # cuBLAS wants more than 16 rows and multiples of 8
             flat1 = F.pad(flat1, (0, -pixels % 8, 0, max(24 - n, -n % 8)))
             flat2 = F.pad(flat2, (0, -pixels % 8, 0, max(24 - m, -m % 8)))
@@ -129,21 +133,24 @@ def intersections(flat1: Tensor, flat2: Tensor) -> Tensor:
     return total
 
 
-def _ratio(inter: Tensor, area1: Tensor, area2: Tensor, mode: int) -> Tensor:
-    """The overlap in float64 from exact numbers, 0 for 0/0: (n, m); areas float64 (n,), (m,)."""
-    inter = inter.double()
-    rows, columns = area1[:, None], area2[None, :]
+def _ratio(
+    inter: Tensor, area1: Tensor, area2: Tensor, mode: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The overlap from exact numbers, 0 for 0/0: `dtype` (n, m); areas (n,), (m,)."""
+    inter = inter.to(dtype)
+    rows, columns = area1.to(dtype)[:, None], area2.to(dtype)[None, :]
     if mode == MODES["iou"]:
         denominator = (rows + columns).sub_(inter)
     elif mode == MODES["iomin"]:
         denominator = torch.minimum(rows, columns)
     else:
         denominator = rows if mode == MODES["ioa"] else columns
-    return inter.div_(denominator.clamp(min=1.0))
+    return inter / denominator.clamp(min=1.0)
 
 
 def _areas(flat: Tensor) -> Tensor:
-    return flat.sum(1, dtype=torch.int32 if flat.shape[1] else None).double()
+    """Set pixels, float64 (N,): a product with ones, far faster than a sum over bytes."""
+    return intersections(flat, flat.new_ones(16, flat.shape[1]))[:, 0].double()
 
 
 def overlap(
@@ -151,15 +158,19 @@ def overlap(
 ) -> Tensor:
     """See unseg::mask_overlap: (N, M) float32, or int32 for mode inter."""
     inter = intersections(flat1, flat2)
+    if flat1 is flat2:
+        area1 = area2 = inter.diagonal().double()
+    else:
+        area1, area2 = _areas(flat1), _areas(flat2)
     if labels1 is not None and labels2 is not None:
         inter = inter * (labels1[:, None] == labels2[None, :])
     if mode == MODES["inter"]:
         return inter.to(torch.int32)
-    area1 = _areas(flat1)
-    area2 = area1 if flat1 is flat2 else _areas(flat2)
+    # While float32 holds all sums, its one rounding gives what float64 rounded to float32 gives.
+    dtype = torch.float32 if 2 * flat1.shape[1] <= EXACT_FLOAT else torch.float64
     out = torch.empty(inter.shape, dtype=torch.float32, device=inter.device)
-    for rows in _row_chunks(*inter.shape):
-        out[rows] = _ratio(inter[rows], area1[rows], area2, mode)
+    for rows in _row_chunks(*inter.shape, CHUNK // 8):
+        out[rows] = _ratio(inter[rows], area1[rows], area2, mode, dtype)
     return out
 
 
@@ -181,11 +192,14 @@ def nms_keep(
     for begin in range(0, len(order), BLOCK):
         block = order[begin : begin + BLOCK]
         candidates = flat[block]
-        survives = torch.ones(len(block), dtype=torch.bool, device=flat.device)
-        for part in kept.split(4 * BLOCK):
-            hit = _exceeds(flat[part], candidates, part, block, area, labels, mode, iou_threshold)
-            survives &= ~hit.any(0)
-        block, candidates = block[survives], candidates[survives]
+        if begin > 0:
+            survives = torch.ones(len(block), dtype=torch.bool, device=flat.device)
+            for part in kept.split(4 * BLOCK):
+                hit = _exceeds(
+                    flat[part], candidates, part, block, area, labels, mode, iou_threshold
+                )
+                survives &= ~hit.any(0)
+            block, candidates = block[survives], candidates[survives]
         hit = _exceeds(candidates, candidates, block, block, area, labels, mode, iou_threshold)
         chosen = _resolve(hit.cpu())
         block = block[chosen.to(block.device)]
@@ -236,7 +250,8 @@ def matrix_decay(
     labels = None if labels is None else labels[order]
     area = _areas(flat)
     remember = count * count * 4 <= KEPT_BYTES
-    blocks = [slice(b, min(b + BLOCK, count)) for b in range(0, count, BLOCK)]
+    step = min(BLOCK, max(64, CHUNK // max(count, 1)))
+    blocks = [slice(b, min(b + step, count)) for b in range(0, count, step)]
     most = torch.zeros(count, dtype=torch.float64, device=flat.device)
     decay = torch.ones_like(most)
     known: list[Tensor] = []

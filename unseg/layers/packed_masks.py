@@ -3,20 +3,20 @@
 Dimensions: N masks, H W image, W64 words a mask (ceil(H * W / 64), rounded up to a multiple of 8).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from unseg.layers import mask_ops_reference as reference
+from unseg.layers import run_lengths
 from unseg.layers.native import META_FIELDS, has_native, row_words
 
 BYTE_DTYPES = (torch.bool, torch.uint8, torch.int8)
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_PIXELS = 2**31 - 1
+DENSE_DTYPES = (*BYTE_DTYPES, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(eq=False)
@@ -108,8 +108,8 @@ class PackedMasks:
         height, width = self.size
         flat = reference.unpack(self.bits, height * width).view(torch.bool)
         if self.order == "C":
-            return flat.view(-1, height, width)
-        return flat.view(-1, width, height).transpose(1, 2)
+            return flat.view(len(self), height, width)
+        return flat.view(len(self), width, height).transpose(1, 2)
 
     @staticmethod
     def cat(parts: Sequence["PackedMasks"]) -> "PackedMasks":
@@ -170,6 +170,16 @@ def pack_masks(
     )
 
 
+def check_number(value: float, name: str) -> float:
+    """Raise unless `value` is a real number other than NaN; the value as float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    number = float(value)
+    if number != number:
+        raise ValueError(f"{name} must not be NaN")
+    return number
+
+
 def _reject_threshold(threshold: float | None, what: str) -> None:
     if threshold is not None:
         raise ValueError(f"threshold applies to floating masks, not to {what}")
@@ -177,11 +187,11 @@ def _reject_threshold(threshold: float | None, what: str) -> None:
 
 def check_dense(masks: Tensor, threshold: float | None, name: str = "masks") -> float:
     """Raise unless `masks` can be packed with `threshold`; the threshold as a number."""
-    if masks.dtype not in BYTE_DTYPES + FLOAT_DTYPES:
+    if masks.dtype not in DENSE_DTYPES:
         raise TypeError(f"{name} must be bool, uint8, int8 or floating, not {masks.dtype}")
     if masks.dim() != 3:
         raise ValueError(f"{name} must have shape (N, H, W), not {tuple(masks.shape)}")
-    if masks.shape[1] * masks.shape[2] > MAX_PIXELS:
+    if masks.shape[1] * masks.shape[2] > run_lengths.MAX_PIXELS:
         raise ValueError(f"{name} may have at most 2^31 - 1 pixels each")
     if masks.dtype in BYTE_DTYPES:
         _reject_threshold(threshold, f"{masks.dtype} {name}")
@@ -190,9 +200,7 @@ def check_dense(masks: Tensor, threshold: float | None, name: str = "masks") -> 
         raise ValueError(
             f"{name}: floating masks need a threshold: pack_masks({name}, threshold=0.5)"
         )
-    if isinstance(threshold, Tensor | bool):
-        raise TypeError(f"threshold must be a number, not {type(threshold).__name__}")
-    return float(threshold)
+    return check_number(threshold, "threshold")
 
 
 def _pack_tensor(masks: Tensor, threshold: float | None) -> PackedMasks:
@@ -208,97 +216,10 @@ def _pack_rle(masks: Sequence[Mapping[str, Any]]) -> PackedMasks:
     if not masks:
         empty = torch.zeros(0, 0, dtype=torch.int64)
         return PackedMasks(empty, torch.zeros(0, META_FIELDS, dtype=torch.int32), (0, 0), "F")
-    size = _common_size(masks)
-    counts = [rle["counts"] for rle in masks]
-    if all(isinstance(c, str | bytes) for c in counts):
-        pieces = [c.encode("latin-1", "replace") if isinstance(c, str) else c for c in counts]
-        data = np.frombuffer(b"".join(pieces), np.uint8)
-    else:
-        pieces = [_runs(c, n) for n, c in enumerate(counts)]
-        data = np.concatenate(pieces)
-    offsets = torch.from_numpy(np.cumsum([0, *map(len, pieces)], dtype=np.int64))
+    data, offsets, size = run_lengths.join(masks)
     if has_native("cpu"):
-        data_tensor = torch.from_numpy(data.copy())
-        bits, meta = torch.ops.unseg.pack_rle(data_tensor, offsets, *size)
+        bits, meta = torch.ops.unseg.pack_rle(data, offsets, *size)
         return PackedMasks(bits, meta, size, "F")
-    dense = _decode(
-        (data[a:b] for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist())), len(masks), size
-    )
-    bits, meta = reference.pack(dense, 0.0)
+    bits, meta = reference.pack(run_lengths.decode(data, offsets, size), 0.0)
     # The transposed image was packed: swap the axes of the boxes back.
     return PackedMasks(bits, meta[:, [0, 2, 1, 4, 3, 5, 6, 7]].contiguous(), size, "F")
-
-
-def _common_size(masks: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    sizes = set()
-    for n, rle in enumerate(masks):
-        if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
-            raise TypeError(f"masks[{n}] must be a dict of 'size' and 'counts'")
-        size = rle["size"]
-        if not isinstance(size, Sequence | np.ndarray) or len(size) != 2:
-            raise ValueError(f"masks[{n}]: size must be (H, W), not {size!r}")
-        sizes.add((int(size[0]), int(size[1])))
-    if len(sizes) > 1:
-        raise ValueError(f"masks must have one size, not {sorted(sizes)}")
-    height, width = sizes.pop()
-    if height < 0 or width < 0 or height * width > MAX_PIXELS:
-        raise ValueError(f"masks: size {(height, width)} is out of range")
-    return height, width
-
-
-def _runs(counts: Any, n: int) -> np.ndarray:
-    """The run lengths of mask n as int64, from a string or from a list of numbers."""
-    if isinstance(counts, str | bytes):
-        raw = counts.encode("latin-1", "replace") if isinstance(counts, str) else counts
-        return decode_runs(np.frombuffer(raw, np.uint8), n)
-    runs = np.asarray(counts)
-    if runs.size == 0:
-        return np.zeros(0, np.int64)
-    if runs.ndim != 1 or runs.dtype.kind not in "iu":
-        raise TypeError(f"masks[{n}]: counts must be a string, bytes or a list of integers")
-    return runs.astype(np.int64)
-
-
-def decode_runs(text: np.ndarray, n: int = 0) -> np.ndarray:
-    """The runs of COCO's compressed string.
-
-    Five bits a character, from ``chr(48)`` up; bit 5 says that more follow and the last character
-    carries the sign. From the fourth run on, the difference to the last run but one is stored.
-
-    Args:
-        text: uint8 characters.
-        n: number of the mask, for messages.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    pieces = text.astype(np.int64) - 48
-    if pieces.size and (pieces.min() < 0 or pieces.max() > 63 or pieces[-1] & 32):
-        raise ValueError(f"masks: the run lengths of RLE {n} are malformed")
-    for piece in pieces.tolist():
-        value |= (piece & 31) << shift
-        shift += 5
-        if piece & 32:
-            continue
-        if piece & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if any(not 0 <= run <= MAX_PIXELS for run in runs):
-        raise ValueError(f"masks: the run lengths of RLE {n} are malformed")
-    return np.array(runs, np.int64)
-
-
-def _decode(pieces: Iterable[np.ndarray], count: int, size: tuple[int, int]) -> Tensor:
-    """Dense transposed masks, bool ``(count, W, H)``."""
-    height, width = size
-    dense = np.zeros((count, width * height), bool)
-    for n, piece in enumerate(pieces):
-        runs = decode_runs(piece, n) if piece.dtype == np.uint8 else piece
-        if (runs < 0).any() or int(runs.sum()) != height * width:
-            raise ValueError(
-                f"masks: the run lengths of RLE {n} are malformed or do not add up to "
-                f"{height} x {width} pixels"
-            )
-        values = (np.arange(len(runs)) & 1).astype(bool)
-        dense[n] = np.repeat(values, runs)
-    return torch.from_numpy(dense.reshape(count, width, height))

@@ -1,5 +1,6 @@
 """Small containers."""
 
+from unseg.layers import PackedMasks
 from unseg.structures.pseudo_mask import (
     RLE,
     ImageRecord,
@@ -12,6 +13,7 @@ from unseg.structures.pseudo_mask import (
 __all__ = [
     "RLE",
     "ImageRecord",
+    "PackedMasks",
     "PseudoMask",
     "encode_masks",
     "make_pseudo_masks",

@@ -18,6 +18,9 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Threads are woken for pieces of at least some 50 microseconds, the time of so many bounds.
+constexpr int64_t kWorthThreads = 100000;
+
 at::Tensor mask_overlap(const at::Tensor& masks1, const OptionalTensor& meta1,
                         const OptionalTensor& labels1, const OptionalTensor& masks2,
                         const OptionalTensor& meta2, const OptionalTensor& labels2, int64_t mode) {
@@ -51,7 +54,7 @@ at::Tensor mask_overlap(const at::Tensor& masks1, const OptionalTensor& meta1,
     for (int64_t j = symmetric ? i : 0; j < m; j += kBlock) tiles.emplace_back(i, j);
   }
   const MaskKernels& kernels = mask_kernels();
-  at::parallel_for(0, static_cast<int64_t>(tiles.size()), 4, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, static_cast<int64_t>(tiles.size()), 16, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       kernels.overlap_tile(a, b, tiles[t].first, tiles[t].second, static_cast<int>(mode), symmetric,
                            values, m);
@@ -84,12 +87,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mask_nms(
   int64_t* indices = ranked.mutable_data_ptr<int64_t>();
   std::fill(indices, indices + n, -1);
   int64_t last_counted = 0;  // pairs counted for the block before: what the next one will cost
+  int64_t mean_words = 0;
+  for (int64_t k = 0; k < n; ++k) mean_words += masks.last[k] - masks.first[k];
+  mean_words /= std::max<int64_t>(n, 1);
   for (int64_t block = 0; block < n; block += kBlock) {
     const int64_t size = std::min(kBlock, n - block), before = kept.view().count;
     std::array<bool, kBlock> dropped{};
     std::array<int64_t, kBlock> counted{};
-    // Waking threads takes as long as some 100 000 bounds or words.
-    const bool worth = before * size + last_counted * rows.words() > 100000;
+    // A pair takes as long as some 20 bounds and a bound for every other word.
+    const bool worth = before * size + last_counted * (20 + mean_words / 2) > 4 * kWorthThreads;
     at::parallel_for(0, size, worth ? 8 : size, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         dropped[k] =
@@ -116,7 +122,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mask_nms(
 template <typename Body>
 void for_columns(int64_t n, Body body) {
   const int64_t pairs = (n + 1) / 2;
-  const int64_t grain = 20000 / (n + 1) + 1;
+  const int64_t grain = kWorthThreads / (n + 1) + 1;
   at::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
     body(begin, end);
     const int64_t upper = std::max(n - end, pairs);

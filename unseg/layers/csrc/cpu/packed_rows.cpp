@@ -54,7 +54,7 @@ DenseMasks::DenseMasks(const at::Tensor& masks) : tensor(masks) {
 }
 
 int64_t DenseMasks::grain() const {
-  constexpr int64_t kGrainBytes = 1 << 18;
+  constexpr int64_t kGrainBytes = 1 << 20;
   const int64_t bytes = height * width * tensor.element_size();
   return kGrainBytes / (bytes > 0 ? bytes : 1) + 1;
 }

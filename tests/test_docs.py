@@ -1,0 +1,80 @@
+"""What the documentation names exists: files, modules, flags, config keys, data sets."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog
+
+from unseg.config import get_cfg
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "output"} & set(p.parts))
+
+
+def commands():
+    """Every shell command of the pages, continuation lines joined."""
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.split(" #")[0].strip()
+                if line and not line.startswith("#"):
+                    yield page.relative_to(ROOT), line
+
+
+COMMANDS = list(commands())
+PYTHON_COMMANDS = [c for c in COMMANDS if re.match(r"python (-m unseg|projects|datasets)", c[1])]
+
+
+@cache
+def help_of(program):
+    arguments = ["-m", program] if program.startswith("unseg") else [program]
+    done = subprocess.run(
+        [sys.executable, *arguments, "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_pages_and_commands():
+    assert {"README.md", "datasets/README.md", "projects/FreeSOLO/README.md"} <= {
+        str(p.relative_to(ROOT)) for p in PAGES
+    }
+    assert len(PYTHON_COMMANDS) > 8
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda x: str(x)[:60])
+def test_files_in_commands_exist(page, command):
+    for word in shlex.split(command):
+        if re.match(r"(projects|dev|datasets|configs)/\S+\.(py|sh|yaml)$", word):
+            assert (ROOT / word).is_file(), f"{page}: {word}"
+
+
+@pytest.mark.parametrize(("page", "command"), PYTHON_COMMANDS, ids=lambda x: str(x)[:60])
+def test_flags_and_keys_exist(page, command):
+    words = shlex.split(command)[1:]
+    program = words[1] if words[0] == "-m" else words[0]
+    for word in words:
+        if word.startswith("--"):
+            assert re.search(rf"{word}\b", help_of(program)), f"{page}: {program} has no {word}"
+        elif re.match(r"[A-Z]+(_[A-Z]+)*\.[A-Z_.]+$", word):
+            node = get_cfg()
+            for part in word.split("."):
+                assert part in node, f"{page}: no config key {word}"
+                node = node[part]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_names_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+    for name in re.findall(r"`(unseg_[a-z0-9_.]+)`", text):
+        assert name in DatasetCatalog.list(), name
+    for module in re.findall(r"python -m (unseg[\w.]+)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
