@@ -16,8 +16,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("unseg/layers/csrc")
-# Arch-specific code for the GPUs that have binary tensor-core products, PTX for anything newer.
-DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+# For builds without a GPU at hand: code for Turing (T4), Ampere and Hopper, PTX for anything newer.
+# The kernels use 64-bit popcounts, ballots and atomics, which all of these have.
+DEFAULT_CUDA_ARCHS = "7.5;8.0;9.0+PTX"
 
 
 def read_version() -> str:
@@ -46,6 +47,15 @@ def requirements() -> list[str]:
 
 def warn(message: str) -> None:
     sys.stderr.write(f"\nWARNING (unseg): {message}\n\n")
+
+
+def choose_cuda_archs(gpu_visible: bool) -> None:
+    """Set TORCH_CUDA_ARCH_LIST where torch cannot see for which GPUs to compile.
+
+    With a GPU visible, torch takes its architecture; a list of ours could lack it.
+    """
+    if not gpu_visible:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
 
 
 def extension() -> dict:
@@ -91,7 +101,7 @@ def extension() -> dict:
         link_args.append("-fopenmp")
     macros = [("Py_LIMITED_API", "0x030A0000")]
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        choose_cuda_archs(torch.cuda.is_available())
         sources += sorted(str(p) for p in (ROOT / CSRC / "cuda").glob("*.cu"))
         macros.append(("WITH_CUDA", None))
         compile_args["nvcc"] = ["-O3", *os.getenv("NVCC_FLAGS", "").split()]

@@ -38,6 +38,7 @@ PHOTOGRAPHS = {
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
 }
 METRICS = ("AP50", "AP", "AR@100")
+MARKER = ".unseg-demo"  # in the output folder: everything there is ours, to be deleted
 Metrics = dict[str, dict[str, float]]  # task ("segm", "bbox") -> metric -> percent
 
 
@@ -45,6 +46,25 @@ def say(text: str) -> None:
     """Print at once, also into a pipe."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def make_output_folder(folder: Path) -> None:
+    """An empty folder with our marker, in place of an earlier demo's folder if there is one.
+
+    Raises:
+        SystemExit: there is something there that no demo has written; nothing is deleted.
+    """
+    if folder.exists() and not folder.is_dir():
+        sys.exit(f"--output {folder} is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / MARKER).is_file():
+            sys.exit(
+                f"--output {folder} holds files, and no {MARKER} that says a demo wrote them: "
+                "delete the folder yourself, or name another"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
 
 
 class Commands:
@@ -132,6 +152,17 @@ def median(results: list[Metrics]) -> Metrics:
     }
 
 
+def compare(detector: Metrics, free: Metrics) -> str:
+    """A sentence on the mask AP50 of the detector and of the masks that it learned from."""
+    ours, theirs = detector["segm"]["AP50"], free["segm"]["AP50"]
+    if not theirs:
+        return f"The detector's mask AP50 is {ours:.1f}; the free masks it learned from have none."
+    return (
+        f"The detector's mask AP50 is {ours / theirs:.2f} times that of the free masks it learned "
+        "from."
+    )
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -143,7 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     output = args.output.resolve()
-    shutil.rmtree(output, ignore_errors=True)
+    make_output_folder(output)
     run = Commands(output / "logs")
 
     photographs, photo_masks = output / "photographs", output / "photographs.json"
@@ -166,8 +197,7 @@ def main() -> None:
     table = make_table({"free masks": free, f"Mask R-CNN trained on them ({seeds})": detector})
     summary = (
         f"200 fresh synthetic scenes, class-agnostic; {args.iterations} training iterations. "
-        f"The detector's mask AP50 is {detector['segm']['AP50'] / free['segm']['AP50']:.2f} times "
-        f"that of the free masks it learned from. {(time.monotonic() - start) / 60:.1f} minutes."
+        f"{compare(detector, free)} {(time.monotonic() - start) / 60:.1f} minutes."
     )
     results = output / f"seed{args.seeds[0]}/inference/coco_instances_results.json"
     page = write_page(

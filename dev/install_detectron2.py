@@ -5,8 +5,8 @@ Detectron2 is not on PyPI under its own name. PyPI's ``detectron2-cdo==0.5`` sdi
 official v0.5 Python tree without its C++ sources, so it can neither be compiled nor imported on a
 current stack as it is. This script downloads that sdist, checks its hash, applies the named
 substitutions below (each must match exactly as often as it says) and installs the result without
-an extension. It does nothing where ``import detectron2`` already works. GPU users should install
-the official package instead, see README.md.
+an extension. Where it installed an older state of itself it installs again; a Detectron2 of another
+origin is left as it is. GPU users should install the official package instead, see README.md.
 
     python dev/install_detectron2.py                  # install into this Python's environment
     python dev/install_detectron2.py --wheel-dir DIR  # only build the wheel
@@ -30,7 +30,9 @@ PROJECT = "detectron2-cdo"
 SDIST = "detectron2_cdo-0.5.tar.gz"
 SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
 
-# Put beside detectron2's own files: what `_C` is when the extension was not built.
+# Put beside detectron2's own files: what `_C` is when the extension was not built. A Detectron2
+# that has this file is ours, and its last line says which state of this script made it.
+MARKER = "detectron2/utils/missing_extension.py"
 MISSING_EXTENSION = '''\
 """Stands in for ``detectron2._C``, which this pure-Python build of Detectron2 does not have."""
 
@@ -76,7 +78,7 @@ def _guard_extension(path: str) -> Substitution:
 
 
 def _numpy_scalar(path: str, name: str, count: int) -> Substitution:
-    """np.bool, np.int, np.float were aliases of Python's types; numpy 1.24 removed them."""
+    """np.bool, np.int, np.float, np.str were Python's types; numpy 1.24 removed these aliases."""
     return Substitution(path, rf"\bnp\.{name}\b", name, count)
 
 
@@ -89,6 +91,7 @@ SUBSTITUTIONS = (
     # names that Pillow 10 and numpy 1.24 removed
     Substitution("detectron2/data/transforms/transform.py", r"Image\.LINEAR", "Image.BILINEAR"),
     _numpy_scalar("detectron2/data/build.py", "int", 2),
+    _numpy_scalar("detectron2/data/datasets/pascal_voc.py", "str", 1),
     _numpy_scalar("detectron2/evaluation/pascal_voc_evaluation.py", "bool", 2),
     _numpy_scalar("detectron2/evaluation/sem_seg_evaluation.py", "int", 2),
     _numpy_scalar("detectron2/evaluation/sem_seg_evaluation.py", "float", 5),
@@ -112,6 +115,22 @@ SUBSTITUTIONS = (
     Substitution("setup.py", r'^        "black==21\.4b2",\n', ""),
     Substitution("setup.py", r'^        "future",.*\n', ""),
 )
+
+
+def build_id() -> str:
+    """A hash of everything that decides about the installed files."""
+    recipe = repr((SHA256, SUBSTITUTIONS, MISSING_EXTENSION))
+    return hashlib.sha256(recipe.encode()).hexdigest()[:16]
+
+
+def is_current(package: Path) -> bool:
+    """Whether to keep an installed Detectron2: made by this state of the script, or by others.
+
+    Args:
+        package: the folder ``detectron2``.
+    """
+    marker = package.parent / MARKER
+    return not marker.is_file() or f'BUILD = "{build_id()}"' in marker.read_text()
 
 
 def _index_urls() -> list[str]:
@@ -161,7 +180,7 @@ def prepare_source(folder: Path) -> Path:
     root = folder / SDIST.removesuffix(".tar.gz")
     for substitution in SUBSTITUTIONS:
         substitution.apply(root)
-    (root / "detectron2/utils/missing_extension.py").write_text(MISSING_EXTENSION)
+    (root / MARKER).write_text(f'{MISSING_EXTENSION}BUILD = "{build_id()}"\n')
     return root
 
 
@@ -169,9 +188,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--wheel-dir", type=Path, help="only build the wheel, into this folder")
     args = parser.parse_args()
-    if args.wheel_dir is None and importlib.util.find_spec("detectron2") is not None:
-        sys.stdout.write("detectron2 is already installed, nothing to do\n")
-        return
+    installed = importlib.util.find_spec("detectron2")
+    if args.wheel_dir is None and installed is not None:
+        if is_current(Path(installed.submodule_search_locations[0])):
+            sys.stdout.write("detectron2 is already installed, nothing to do\n")
+            return
+        sys.stdout.write("detectron2 was installed by an older state of this script: again\n")
     pip = [sys.executable, "-m", "pip"]
     with tempfile.TemporaryDirectory() as folder:
         root = str(prepare_source(Path(folder)))
@@ -179,6 +201,8 @@ def main() -> None:
             wheel_dir = str(args.wheel_dir)
             subprocess.check_call([*pip, "wheel", "--no-deps", "--wheel-dir", wheel_dir, root])
         else:
+            if installed is not None:  # the version is the same, so pip alone might keep it
+                subprocess.check_call([*pip, "uninstall", "--quiet", "--yes", PROJECT])
             subprocess.check_call([*pip, "install", "--quiet", root])
 
 

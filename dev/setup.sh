@@ -6,6 +6,10 @@
 #
 # A second run finds the work done (a stamp over everything the set-up reads) and returns at once.
 set -euo pipefail
+# Relative paths of interpreters are the caller's, not the repository's.
+for name in UNSEG_PYTHON PYTHON; do
+    if [[ "${!name:-}" == */* && "${!name}" != /* ]]; then declare "$name=$PWD/${!name}"; fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '[setup] %s\n' "$*" >&2; }
@@ -20,7 +24,8 @@ if [[ -n "${UNSEG_PYTHON:-}" ]]; then
 else
     python="$PWD/.venv/bin/python"
     extras="demo,test"
-    if [[ ! -x "$python" ]]; then
+    # A kill in the middle of `python -m venv` leaves an interpreter without pip.
+    if ! "$python" -m pip --version >/dev/null 2>&1; then
         base="${PYTHON:-python3}"
         "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
             say "unseg needs Python 3.11 or newer; $base is $("$base" --version 2>&1). Set PYTHON."
@@ -58,6 +63,6 @@ pip --no-build-isolation -e ".[$extras]"
 # lvis asks for opencv-python, which needs a display library that servers lack; the headless wheel
 # holds the same module.
 "$python" -c 'import cv2' 2>/dev/null || pip --force-reinstall --no-deps opencv-python-headless
-#"$python" -m unseg.tools.collect_env >&2
+"$python" -m unseg.tools.collect_env >&2
 echo "$state" > "$stamp"
 echo "$python"

@@ -1,16 +1,26 @@
 """Fixtures that several tests share."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+SUBSET_IMAGES = 150  # of the shared subset's val2017; COCO's own has 5000
+
 
 @pytest.fixture(scope="session")
 def shared_datasets() -> Path:
-    """The tree of small real data sets, or skip: $DETECTRON2_DATASETS, else ../shared/datasets."""
+    """The tree of small real data sets, or skip: $DETECTRON2_DATASETS, else ../shared/datasets.
+
+    Tests name its numbers of images and objects, so a tree with the whole of COCO will not do.
+    """
     root = os.getenv("DETECTRON2_DATASETS") or Path(__file__).parents[2] / "shared/datasets"
     root = Path(root).expanduser()
-    if not (root / "coco/annotations/instances_val2017.json").is_file():
+    file = root / "coco/annotations/instances_val2017.json"
+    if not file.is_file():
         pytest.skip(f"no data sets in {root}: set DETECTRON2_DATASETS")
+    images = len(json.loads(file.read_text())["images"])
+    if images != SUBSET_IMAGES:
+        pytest.skip(f"{file} has {images} images: the tests are about a subset of {SUBSET_IMAGES}")
     return root

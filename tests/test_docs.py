@@ -4,7 +4,9 @@ import re
 import shlex
 import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -68,13 +70,32 @@ def test_flags_and_keys_exist(page, command):
                 node = node[part]
 
 
+def names_of(pattern):
+    """Wildcards of a name as people write it: {a,b} are two names, ... and * anything."""
+    parts = re.split(r"\{([^}]*)\}", pattern.replace("...", "*"))
+    choices = [part.split(",") if n % 2 else [part] for n, part in enumerate(parts)]
+    return ["".join(words) for words in product(*choices)]
+
+
+def test_names_of():
+    assert names_of("unseg_x") == ["unseg_x"]
+    assert names_of("a_{b,c}_{d,e}") == ["a_b_d", "a_b_e", "a_c_d", "a_c_e"]
+    assert names_of("unseg_v0.5_..._x") == ["unseg_v0.5_*_x"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_number_is_left_open(page):
+    assert "@@" not in page.read_text(), "a placeholder for a number"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_names_exist(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target
-    for name in re.findall(r"`(unseg_[a-z0-9_.]+)`", text):
-        assert name in DatasetCatalog.list(), name
+    for pattern in re.findall(r"`(unseg_[a-z0-9_.*{},]+)`", text):
+        for name in names_of(pattern):
+            assert any(fnmatch(known, name) for known in DatasetCatalog.list()), name
     for module in re.findall(r"python -m (unseg[\w.]+)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module

@@ -37,13 +37,6 @@ def detectron2_extension() -> ModuleType | None:
     return _C
 
 
-def launches_without_gpu() -> bool:
-    """Whether Detectron2's launch() starts several processes on a machine without a GPU."""
-    from detectron2.engine import launch
-
-    return "GLOO" in inspect.getsource(inspect.getmodule(launch))
-
-
 def describe_detectron2() -> str:
     """Version, kind of build and place, for people. Main calls itself 0.6 like the 2021 release."""
     import detectron2

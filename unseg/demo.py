@@ -2,12 +2,14 @@
 
 python -m unseg.demo --config-file CONFIG --input a.jpg b.jpg --output FOLDER
     [--confidence-threshold 0.5] [--opts MODEL.WEIGHTS weights.pth]
+
+Pictures keep the names of their images; where two share one, the second becomes name_2.
 """
 
 import argparse
 import glob
 import logging
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -49,20 +51,35 @@ class Predictor:
         """
         height, width = rgb.shape[:2]
         image = rgb if self.image_format == "RGB" else rgb[:, :, ::-1]
-        image = self.resize.get_transform(image).apply_image(image)
+        transform = self.resize.get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            # Detectron2 rounds the short side of a very thin image to nothing.
+            transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
+        image = transform.apply_image(image)
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return self.model([{"image": tensor, "height": height, "width": width}])[0]
 
 
 def draw_prediction(rgb: np.ndarray, instances: Instances, threshold: float) -> np.ndarray:
-    """The masks of scores from `threshold` on, drawn on the image, labelled with their scores."""
+    """The objects of scores from `threshold` on, drawn on the image, labelled with their scores.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        instances: with ``scores``, and ``pred_masks`` (N, H, W) or else ``pred_boxes``.
+        threshold: lowest score to draw.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
     instances = instances[instances.scores >= threshold].to("cpu")
     labels = [f"{score:.0%}" for score in instances.scores.tolist()]
-    return draw_instances(rgb, instances.pred_masks.numpy(), labels)
+    if instances.has("pred_masks"):
+        return draw_instances(rgb, instances.pred_masks.numpy(), labels)
+    return draw_instances(rgb, None, labels, boxes=instances.pred_boxes.tensor.numpy())
 
 
 def expand_inputs(patterns: list[str]) -> list[str]:
-    """Image files of file names, folders and wildcards.
+    """Image files of file names, folders and wildcards, each once.
 
     Raises:
         FileNotFoundError: one of them stands for no image.
@@ -73,14 +90,53 @@ def expand_inputs(patterns: list[str]) -> list[str]:
             found = sorted(
                 str(p) for p in Path(pattern).iterdir() if p.suffix.lower() in EXTENSIONS
             )
-        elif "://" in pattern:
+        elif "://" in pattern or Path(pattern).is_file():  # a file's name may hold brackets
             found = [pattern]
         else:
             found = sorted(glob.glob(pattern))
         if not found:
             raise FileNotFoundError(f"--input {pattern}: no image there")
         files += found
-    return files
+    return list(dict.fromkeys(files))
+
+
+def output_names(files: list[str]) -> list[str]:
+    """Names for the pictures of some image files: those of the files, made different."""
+    names: list[str] = []
+    for file in files:
+        name = PurePosixPath(file).name
+        stem, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix
+        if suffix.lower() not in EXTENSIONS:
+            stem, suffix = name, ".png"
+        name, number = f"{stem}{suffix}", 1
+        while name in names:
+            number += 1
+            name = f"{stem}_{number}{suffix}"
+        names.append(name)
+    return names
+
+
+def output_files(files: list[str], output: str) -> list[Path]:
+    """Where the pictures of some images go; the folder is made.
+
+    Args:
+        files: images, as :func:`expand_inputs` gives them.
+        output: a folder, or the name of an image file if there is one image.
+
+    Raises:
+        ValueError: a picture would overwrite one of the images.
+    """
+    target = Path(output)
+    if len(files) == 1 and target.suffix.lower() in EXTENSIONS and not target.is_dir():
+        targets = [target]
+    else:
+        targets = [target / name for name in output_names(files)]
+    sources = {Path(file).resolve() for file in files if "://" not in file}
+    for path in targets:
+        if path.resolve() in sources:
+            raise ValueError(f"--output {output}: {path} is an input, it would be overwritten")
+    targets[0].parent.mkdir(parents=True, exist_ok=True)
+    return targets
 
 
 def main() -> None:
@@ -96,19 +152,16 @@ def main() -> None:
     args = parser.parse_args()
     setup_logger(name="unseg")
     setup_logger(name="fvcore")
-    predictor = Predictor(load_config(args.config_file, args.opts))
     files = expand_inputs(args.input)
-    output = Path(args.output)
-    single = len(files) == 1 and output.suffix.lower() in EXTENSIONS
-    (output.parent if single else output).mkdir(parents=True, exist_ok=True)
-    for file in files:
+    targets = output_files(files, args.output)
+    predictor = Predictor(load_config(args.config_file, args.opts))
+    for file, target in zip(files, targets):
         rgb = read_image(file)
         instances = predictor(rgb)["instances"]
-        target = output if single else output / f"{Path(file).stem}.png"
         drawn = draw_prediction(rgb, instances, args.confidence_threshold)
         Image.fromarray(drawn).save(target)
         count = int((instances.scores >= args.confidence_threshold).sum())
-        logger.info("%s: %d of %d masks drawn, %s", file, count, len(instances), target)
+        logger.info("%s: %d of %d objects drawn, %s", file, count, len(instances), target)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def make(folder, value=0):
 def save_two(folder):
     for value in (1, 2):
         _, _, checkpointer = make(folder, value)
-        checkpointer.save(f"model_{value}")
-        os.utime(folder / f"model_{value}.pth", (value, value))
+        checkpointer.save(f"model_{value:07d}")
+        os.utime(folder / f"model_{value:07d}.pth", (value, value))
 
 
 def resume(folder):
@@ -47,18 +47,18 @@ def resume(folder):
 def test_resumes_from_the_tagged_checkpoint(tmp_path):
     save_two(tmp_path)
     assert resume(tmp_path) == 2
-    (tmp_path / "last_checkpoint").write_text("model_1.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     assert resume(tmp_path) == 1
 
 
 @pytest.mark.parametrize("keep", [0, 10, 500])
 def test_falls_back_from_a_half_written_checkpoint(tmp_path, keep, caplog):
     save_two(tmp_path)
-    newest = tmp_path / "model_2.pth"
+    newest = tmp_path / "model_0000002.pth"
     newest.write_bytes(newest.read_bytes()[:keep])
     with caplog.at_level("WARNING"):
         assert resume(tmp_path) == 1
-    assert "model_2.pth is damaged" in caplog.text
+    assert "model_0000002.pth is damaged" in caplog.text
 
 
 def test_falls_back_without_the_tag(tmp_path):
@@ -71,8 +71,10 @@ def test_falls_back_without_the_tag(tmp_path):
 def test_does_not_start_over_silently(tmp_path):
     save_two(tmp_path)
     for value in (1, 2):
-        (tmp_path / f"model_{value}.pth").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be read(?s:.*)model_1\.pth"):
+        (tmp_path / f"model_{value:07d}.pth").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint can be read(?s:.*)model_0000001\.pth"
+    ):
         resume(tmp_path)
 
 
@@ -81,7 +83,7 @@ def test_without_checkpoints_or_resume_the_weights_are_loaded(tmp_path):
     empty = tmp_path / "empty"
     for folder, flag in ((tmp_path, False), (empty, True), (empty, False)):
         model, counter, checkpointer = make(folder)
-        checkpointer.resume_or_load(str(tmp_path / "model_1.pth"), resume=flag)
+        checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=flag)
         assert (model.weight == 1).all()
         assert counter.value == 0
 
@@ -94,6 +96,55 @@ def test_extra_weights_are_not_resumed_from(tmp_path):
     assert resume(tmp_path) == 2
 
 
+@pytest.mark.parametrize("name", ["densecl_r50_d2.pth", "model_best.pth", "model_0000001.pth.pth"])
+def test_other_files_are_no_checkpoints(tmp_path, name):
+    _, _, checkpointer = make(tmp_path, 3)
+    checkpointer.save(name.removesuffix(".pth"))
+    (tmp_path / "last_checkpoint").unlink()
+    assert not checkpointer.has_checkpoint()
+    model, counter, checkpointer = make(tmp_path)
+    checkpointer.resume_or_load("", resume=True)
+    assert counter.value == 0
+    assert (model.weight == 0).all()
+    # beside a damaged checkpoint of our own they are not fallen back to either
+    (tmp_path / "model_final.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model_final\.pth is damaged") as error:
+        resume(tmp_path)
+    assert name not in str(error.value)
+
+
+def test_any_tagged_file_is_resumed_from(tmp_path):
+    make(tmp_path, 3)[2].save("best")
+    assert resume(tmp_path) == 3
+
+
+def test_a_missing_tagged_file_is_named_and_the_others_tried(tmp_path, caplog):
+    save_two(tmp_path)
+    (tmp_path / "model_0000002.pth").unlink()
+    with caplog.at_level("WARNING"):
+        assert resume(tmp_path) == 1
+    assert "model_0000002.pth does not exist" in caplog.text
+    (tmp_path / "model_0000001.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"model_0000002\.pth does not exist"):
+        resume(tmp_path)
+
+
+def test_a_refusal_of_the_trainer_is_no_reason_to_try_older_checkpoints(tmp_path, caplog):
+    save_two(tmp_path)
+    tried = []
+
+    class Refusing(Counter):
+        def load_state_dict(self, state):
+            tried.append(state["value"])
+            raise CheckpointError("another optimizer")
+
+    checkpointer = SafeCheckpointer(nn.Linear(3, 3), str(tmp_path), counter=Refusing())
+    with caplog.at_level("WARNING"), pytest.raises(CheckpointError, match="^another optimizer$"):
+        checkpointer.resume_or_load("", resume=True)
+    assert tried == [2]
+    assert "trying" not in caplog.text
+
+
 def _save_forever(folder):
     model = nn.Linear(400, 400)
     counter = Counter()
@@ -101,7 +152,7 @@ def _save_forever(folder):
     while True:
         counter.value += 1
         nn.init.constant_(model.weight, float(counter.value))
-        checkpointer.save(f"model_{counter.value % 3}")
+        checkpointer.save(f"model_{counter.value % 3:07d}")
 
 
 def wait_for(condition, seconds=60):

@@ -1,5 +1,7 @@
 """Conversion of released backbones: the same outputs, and failure where a weight has no place."""
 
+import argparse
+
 import pytest
 import torch
 import torchvision
@@ -70,6 +72,7 @@ def wrap(kind, state):
                 "teacher": prefixed("backbone.", **{"head.mlp.0.weight": torch.zeros(1)}),
                 "student": prefixed("module.backbone."),
                 "epoch": 800,
+                "args": argparse.Namespace(arch="resnet50"),
             },
         ],
     }[kind]

@@ -1,8 +1,10 @@
 """Files of weights cannot run code, whatever their suffix."""
 
+import argparse
 import os
 import pickle
 from collections import OrderedDict
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -79,6 +81,34 @@ def test_damaged_files_are_named(tmp_path, keep):
     torch.save({"model": {"weight": torch.zeros(1000)}}, path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"w\.pth is damaged"):
+        load_weights_file(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_command_line_in_a_training_state_is_read(tmp_path, zipped):
+    """DINO's full checkpoints hold one."""
+    path = tmp_path / "w.pth"
+    args = argparse.Namespace(arch="resnet50", crops=[2, 8], lr=0.1)
+    content = {"teacher": {"weight": torch.ones(2)}, "args": args}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    read = load_weights_file(path)
+    assert read["args"] == args
+    assert torch.equal(read["teacher"]["weight"], torch.ones(2))
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: argparse.Namespace(inner=x)])
+def test_a_class_that_is_not_allowed_is_named(tmp_path, wrap):
+    path = tmp_path / "w.pth"
+    torch.save({"model": {"weight": torch.ones(2)}, "scale": wrap(Fraction(1, 2))}, path)
+    with pytest.raises(CheckpointError) as error:
+        load_weights_file(path)
+    message = str(error.value)
+    assert message.endswith(
+        "w.pth is damaged or holds more than weights: Unsupported global: fractions.Fraction"
+    )
+    torch.save(Malicious(str(tmp_path / "sentinel")), path)  # torch words this one differently
+    with pytest.raises(CheckpointError, match=r": Unsupported global: \w+\.mkdir$"):
         load_weights_file(path)
 
 

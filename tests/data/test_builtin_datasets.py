@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -97,6 +99,12 @@ def test_lvis_images_are_named_by_url(root):
         assert record["file_name"] == str(root / "coco/train2017/000000155379.jpg")
 
 
+def test_files_of_lvis_need_the_url(root):
+    write_json(root / "lvis/lvis_v1_val.json", coco_content())
+    with pytest.raises(ValueError, match="image 8 has no coco_url"):
+        DatasetCatalog.get("unseg_lvis_v1_val_cls_agnostic")
+
+
 def test_lvis_of_cutler_may_lie_elsewhere(root):
     write_json(root / "lvis/lvis1.0_cocofied_val_cls_agnostic.json", coco_content())
     record = DatasetCatalog.get("unseg_cutler_lvis")[0]
@@ -113,7 +121,7 @@ def test_unlabeled_images(root):
     assert MetadataCatalog.get("unseg_coco_2017_unlabeled").get("evaluator_type") is None
 
 
-def test_video_files_become_frames(root):
+def test_video_files_become_frames(root, caplog):
     encoding = {"size": [HEIGHT, WIDTH], "counts": [0, 80, HEIGHT * WIDTH - 80]}
     videos = [
         {"id": v, "height": HEIGHT, "width": WIDTH, "file_names": [f"{v}/0.png", f"{v}/1.png"]}
@@ -143,6 +151,12 @@ def test_video_files_become_frames(root):
     assert "area" not in polygon
     assert (encoded["bbox"], encoded["area"]) == ([0, 0, 2, 40], 80)
     assert mask_util.area(encoded["segmentation"]) == 80
+    assert not caplog.records
+    tracks[1]["segmentations"][0] = [[1, 2]]
+    write_json(path, {"videos": videos, "annotations": tracks, "categories": []})
+    records = DatasetCatalog.get("unseg_uvo_val_dense_cls_agnostic")
+    assert [len(r["annotations"]) for r in records] == [0, 0, 0, 1]
+    assert "1 without a valid polygon" in caplog.text
     tracks[0]["segmentations"].append(None)
     write_json(path, {"videos": videos, "annotations": tracks, "categories": []})
     with pytest.raises(ValueError, match="annotation 1 has 3 frames, its video has 2"):
@@ -232,13 +246,25 @@ def test_a_broken_file_is_named(root):
 
 
 def test_invalid_annotations_are_counted(root, caplog):
+    """The objects left out are those that Detectron2's own loader leaves out of the same file."""
     content = coco_content()
-    content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
-    content["annotations"].append(content["annotations"][1] | {"image_id": 99})
-    write_json(root / "coco/annotations/instances_val2017.json", content)
-    records = DatasetCatalog.get("unseg_coco_2017_val_cls_agnostic")
-    assert [len(r["annotations"]) for r in records] == [0, 1]
-    assert "2 annotations left out" in caplog.text
+    square, crowd = content["annotations"]
+    short = [[1, 2, 3, 4]]
+    for number, mask in enumerate((short, [[1, 2]], short + SQUARE, [SQUARE[0] + [3]], [], None)):
+        content["annotations"].append(square | {"id": 10 + number, "segmentation": mask})
+    content["annotations"].append(crowd | {"id": 20, "image_id": 99})
+    path = root / "coco/annotations/instances_val2017.json"
+    write_json(path, content)
+    first, second = DatasetCatalog.get("unseg_coco_2017_val_cls_agnostic")
+    assert first["annotations"] == []
+    masks = [a.get("segmentation") for a in second["annotations"]]
+    assert masks[1:] == [SQUARE, SQUARE, None, None]  # the crowd is the first
+    assert "3 without a valid polygon, 1 of unlisted images" in caplog.text
+    content["annotations"].pop()  # Detectron2 refuses unlisted images
+    write_json(path, content)
+    theirs = load_coco_json(str(path), str(root))[-1]["annotations"]
+    theirs.sort(key=lambda a: a["category_id"])
+    assert [a.get("segmentation") for a in theirs] == masks
 
 
 def test_names_are_our_own():
@@ -263,6 +289,21 @@ def test_root_is_read_at_import_and_registration_repeats():
         check=True,
     ).stdout
     assert output == str(Path.home() / "somewhere/coco/annotations/instances_val2017.json")
+
+
+@pytest.mark.parametrize(("images", "taken"), [(150, True), (5000, False), (None, False)])
+def test_a_tree_that_is_not_the_shared_subset_is_skipped(tmp_path, monkeypatch, images, taken):
+    find = conftest.shared_datasets.__wrapped__
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    if images is not None:
+        file = tmp_path / "coco/annotations/instances_val2017.json"
+        write_json(file, {"images": [{"id": n} for n in range(images)]})
+    if taken:
+        assert find() == tmp_path
+        return
+    reason = "no data sets" if images is None else "has 5000 images"
+    with pytest.raises(pytest.skip.Exception, match=reason):
+        find()
 
 
 @pytest.fixture

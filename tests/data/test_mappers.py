@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
 from pycocotools import mask as mask_util
@@ -13,6 +14,7 @@ from pycocotools import mask as mask_util
 from unseg.config import get_cfg
 from unseg.data import build_mapper
 from unseg.data.image import ImageReadError
+from unseg.data.mappers import InstanceMapper, ResizeShortestEdge
 from unseg.data.sampling import isolated_rng
 
 SIZE = (40, 60)
@@ -134,3 +136,98 @@ def test_errors_name_the_file(record, tmp_path):
 def test_unknown_mapper_names_the_known_ones():
     with pytest.raises(KeyError, match="InstanceMapper"):
         build_mapper(make_cfg(INPUT__MAPPER="None"), True)
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
+@pytest.mark.parametrize("is_train", [False, True])
+def test_very_thin_images(tmp_path, size, is_train):
+    Image.fromarray(np.full((*size, 3), 9, np.uint8)).save(tmp_path / "thin.png")
+    mask = np.asfortranarray(np.ones(size, np.uint8))
+    annotation = {
+        "bbox": [0, 0, size[1], size[0]],
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "category_id": 0,
+        "segmentation": mask_util.encode(mask),
+    }
+    record = {
+        "file_name": str(tmp_path / "thin.png"),
+        "height": size[0],
+        "width": size[1],
+        "annotations": [annotation],
+    }
+    cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=(800,), INPUT__MAX_SIZE_TRAIN=1000)
+    cfg.INPUT.MAX_SIZE_TEST = 1000
+    mapped = build_mapper(cfg, is_train)(record)
+    expected = tuple(max(1, side // 3) for side in size)
+    assert mapped["image"].shape == (3, *expected)
+    if is_train:
+        assert mapped["instances"].gt_masks.tensor.shape == (1, *expected)
+        assert mapped["instances"].gt_masks.tensor.all()
+
+
+def test_resizing_is_detectron2s_for_other_images():
+    rng = np.random.default_rng(0)
+    ours, theirs = (
+        kind((100, 200, 350), 500, "choice") for kind in (ResizeShortestEdge, T.ResizeShortestEdge)
+    )
+    assert repr(ours) == repr(theirs)
+    for size in rng.integers(20, 700, (30, 2)):
+        image = np.zeros((*size, 3), np.uint8)
+        shapes = []
+        for augmentation in (ours, theirs):
+            with isolated_rng(*size):
+                shapes.append(augmentation.get_transform(image).apply_image(image).shape)
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("is_train", [False, True])
+def test_proposals_follow_the_image(record, is_train):
+    record |= {
+        "proposal_boxes": np.array([[10.0, 5.0, 30.0, 15.0], [0, 0, 60, 40], [5, 5, 9, 9]]),
+        "proposal_objectness_logits": np.array([2.0, 1.0, 0.5]),
+        "proposal_bbox_mode": BoxMode.XYXY_ABS,
+    }
+    before = copy.deepcopy(record)
+    cfg = make_cfg(MODEL__LOAD_PROPOSALS=True, INPUT__MIN_SIZE_TRAIN=(80,))
+    cfg.INPUT.MIN_SIZE_TEST = 80
+    cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN = cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST = 2
+    with isolated_rng(1):
+        ours = build_mapper(cfg, is_train)(record)
+    np.testing.assert_equal(record, before)
+    with isolated_rng(1):
+        theirs = DatasetMapper(cfg, is_train)(record)
+    assert not any(key.startswith("proposal_") for key in ours)
+    found, expected = ours["proposals"], theirs["proposals"]
+    assert len(found) == 2
+    assert found.image_size == (80, 120)
+    assert torch.equal(found.proposal_boxes.tensor, expected.proposal_boxes.tensor)
+    assert torch.equal(found.objectness_logits, expected.objectness_logits)
+    if is_train:  # the first proposal is the box of the first object
+        box = ours["instances"].gt_boxes.tensor[0]
+        torch.testing.assert_close(found.proposal_boxes.tensor[0], box)
+
+
+def test_semantic_segmentation_follows_the_image(record, tmp_path):
+    labels = np.zeros(SIZE, np.uint8)
+    labels[5:15, 10:30] = 255
+    labels[20:39, 40:49] = 3
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    record["sem_seg_file_name"] = str(tmp_path / "labels.png")
+    for seed in range(3):
+        with isolated_rng(seed):
+            ours = build_mapper(make_cfg(INPUT__CROP__ENABLED=True), True)(record)
+        with isolated_rng(seed):
+            theirs = DatasetMapper(make_cfg(INPUT__CROP__ENABLED=True), True)(record)
+        assert torch.equal(ours["sem_seg"], theirs["sem_seg"])
+        assert ours["sem_seg"].dtype == torch.int64
+    Image.fromarray(labels[:-1]).save(tmp_path / "labels.png")
+    with pytest.raises(ValueError, match=r"labels\.png: its size is \(39, 60\)"):
+        build_mapper(make_cfg(), True)(record)
+    (tmp_path / "labels.png").write_bytes(b"")
+    with pytest.raises(ImageReadError, match=r"labels\.png: cannot be read"):
+        build_mapper(make_cfg(), True)(record)
+
+
+def test_keypoints_are_refused():
+    with pytest.raises(ValueError, match="MODEL.KEYPOINT_ON"):
+        InstanceMapper(make_cfg(MODEL__KEYPOINT_ON=True), True)

@@ -122,6 +122,13 @@ def test_own_sets_and_their_mistakes(registered):
     assert [d["height"] for d in DatasetCatalog.get(name)] == [96, 96]
     with pytest.raises(ValueError, match=name):
         register_synthetic(name, "default", seed=4, count=2)
+    with pytest.raises(ValueError, match="unseg-synthetic://train/ holds .*unseg_synthetic_train"):
+        register_synthetic("train", "single", seed=4, count=2)  # other scenes behind its URIs
+    assert "train" not in DatasetCatalog.list()
+    assert len(PathManager.ls("unseg-synthetic://train")) == 1500
+    DatasetCatalog.remove(name)  # its own folder may be taken again
+    register_synthetic(name, SceneSettings(size=(96, 128)), seed=4, count=3)
+    assert len(PathManager.ls(f"unseg-synthetic://{name}")) == 3
     with pytest.raises(ValueError, match="coco_2017_val"):
         register_synthetic("coco_2017_val")
     with pytest.raises(ValueError, match=r"nonsense.*default.*lvis"):

@@ -162,16 +162,17 @@ def test_released_freesolo_files_are_read(tmp_path):
     np.testing.assert_array_equal(record.masks[0].embedding, [0.5, -1.0, 2.0])
 
 
-def test_masks_without_a_pixel_are_left_out(tmp_path, caplog):
+def test_masks_without_a_pixel_and_crowds_are_left_out(tmp_path, caplog):
     content = freesolo_file()
+    first = content["annotations"][0]
     empty = {"size": [20, 30], "counts": [600]}
-    content["annotations"][1] = content["annotations"][0] | {"segmentation": empty}
+    content["annotations"][1:] = [first | {"segmentation": empty}, first | {"iscrowd": 1}]
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
     with caplog.at_level("WARNING", logger="unseg"):
         (record,) = load_pseudo_masks(path)
     assert len(record.masks) == 1
-    assert "left out 1 masks" in caplog.text
+    assert "left out 2 crowd regions and masks without a pixel" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as mask_util
 
-from unseg.discovery.rle import decode_counts, parse_segmentation
+from unseg.discovery import rle
+from unseg.discovery.rle import covers, parse_segmentation
+from unseg.layers import run_lengths
 
 masks = hnp.arrays(
     np.uint8, st.tuples(st.integers(1, 70), st.integers(1, 70)), elements=st.integers(0, 1)
@@ -25,17 +27,50 @@ def slow_runs(mask):
     return [*runs, length]
 
 
-@given(masks)
-def test_decode_counts_equals_counting(mask):
-    counts = mask_util.encode(np.asfortranarray(mask))["counts"]
-    assert decode_counts(counts).tolist() == slow_runs(mask)
+def parse(strings):
+    offsets = np.cumsum([0, *map(len, strings)])
+    runs, starts, well_formed = run_lengths.parse(
+        np.frombuffer(b"".join(strings), np.uint8), offsets
+    )
+    return [runs[a:b].tolist() for a, b in zip(starts[:-1], starts[1:])], well_formed.tolist()
+
+
+@given(st.lists(masks, max_size=4))
+def test_runs_equal_counting(several):
+    strings = [mask_util.encode(np.asfortranarray(mask))["counts"] for mask in several]
+    assert parse(strings) == ([slow_runs(mask) for mask in several], [True] * len(several))
 
 
 def test_long_runs():
     mask = np.zeros((3000, 4000), dtype=np.uint8)
     mask[100:2000, 300:3900] = 1
     counts = mask_util.encode(np.asfortranarray(mask))["counts"]
-    assert decode_counts(counts).tolist() == slow_runs(mask)
+    assert parse([counts]) == ([slow_runs(mask)], [True])
+
+
+@given(st.lists(st.one_of(masks, st.binary(max_size=12)), max_size=8), st.integers(1, 300))
+def test_many_strings_are_judged_as_single_ones(several, at_once):
+    """Neighbours and the size of the pieces change nothing; what is accepted decodes to itself."""
+    strings, pixels = [], []
+    for item in several:
+        whole = isinstance(item, np.ndarray)
+        strings.append(mask_util.encode(np.asfortranarray(item))["counts"] if whole else item)
+        pixels.append(item.size if whole else 4)
+    before, rle._CHECKED_AT_ONCE = rle._CHECKED_AT_ONCE, at_once
+    try:
+        found = covers(strings, pixels)
+    finally:
+        rle._CHECKED_AT_ONCE = before
+    single = [bool(covers([s], [p])[0]) for s, p in zip(strings, pixels, strict=True)]
+    assert found.tolist() == single
+    for item, good, string in zip(several, single, strings, strict=True):
+        if isinstance(item, np.ndarray):
+            assert good
+        elif good:
+            decoded = mask_util.decode({"size": [2, 2], "counts": string})
+            runs = parse([string])[0][0]
+            values = np.repeat(np.arange(len(runs)) % 2, runs)
+            assert decoded.T.ravel().tolist() == values.tolist()
 
 
 @given(masks)
@@ -71,13 +106,14 @@ def test_random_counts_are_read_or_refused(counts):
         ("abc", "neither polygons nor"),
         ({"size": [4, 4]}, "neither polygons nor"),
         ({"size": [4, 5], "counts": [16]}, "size is"),
-        ({"size": [4, 4], "counts": [15]}, "15 pixels, the image has 16"),
+        ({"size": [4, 4], "counts": [15]}, "do not cover the image's 16 pixels"),
         ({"size": [4, 4], "counts": [20, -4]}, "cover"),
         ({"size": [4, 4], "counts": ["x"]}, "not an integer"),
         ({"size": [4, 4], "counts": 7}, "is a int"),
-        ({"size": [4, 4], "counts": "\x00"}, "characters"),
-        ({"size": [4, 4], "counts": "PPPPPPPPPPPP0"}, "more than 40 bits"),
-        ({"size": [4, 4], "counts": "P"}, "middle of a number"),
+        ({"size": [4, 4], "counts": "\x00"}, "malformed"),
+        ({"size": [4, 4], "counts": "PPPPPPPPPPPP0"}, "malformed"),
+        ({"size": [4, 4], "counts": "P"}, "malformed"),
+        ({"size": [4, 4], "counts": "é0"}, "malformed"),
         ([], "empty list"),
         ([[1, 2, 3, 4]], "polygon"),
         ([[1, 2, 3, 4, 5, float("nan")]], "polygon"),

@@ -1,6 +1,8 @@
 """Masks of whole folders and data sets: complete, identical for any number of processes."""
 
+import inspect
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,17 +12,20 @@ import time
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
-from unseg import compat
+from unseg.checkpoint import CheckpointError
 from unseg.config import load_config
 from unseg.data import build_mapper
 from unseg.data.image import ImageReadError
 from unseg.discovery import load_pseudo_masks
 from unseg.engine import PseudoMaskJob, images_in_folder, images_of_dataset
+from unseg.tools.pseudo_masks import load_weights
 
 CONFIG = "projects/FreeSOLO/configs/free_masks_tiny.yaml"
 # large masks count here, and little time is spent
@@ -55,8 +60,9 @@ def run_job(folder, output, num_shards=1, opts=OPTS):
     model = build_model(cfg)
     job = PseudoMaskJob(cfg, images_in_folder(folder), output)
     job.start(resume=False)
+    units = job.work_dir.missing()
     for shard in range(num_shards):
-        job.run(model, shard=shard, num_shards=num_shards)
+        job.run(model, units[shard::num_shards], name=str(shard))
     return job.collect_if_complete()
 
 
@@ -117,6 +123,12 @@ def test_killed_and_resumed_gives_the_same_bytes(folder, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "11 images" in done.stdout
     assert bytes_of(output) == bytes_of(tmp_path / "whole/x.json")
+    # There is nothing left to do, and nothing is done.
+    before = output.stat().st_mtime_ns
+    done = subprocess.run(command(folder, output, "--resume"), capture_output=True, text=True)
+    assert "is complete" in done.stdout
+    assert output.stat().st_mtime_ns == before
+    assert [p.name for p in output.parent.iterdir() if p.name.endswith(".parts")] == []
 
 
 def _lines(parts):
@@ -139,7 +151,7 @@ def test_independent_shards_and_the_last_one_collects(folder, tmp_path):
 
 
 @pytest.mark.skipif(
-    not compat.launches_without_gpu() or torch.cuda.is_available(),
+    "GLOO" not in inspect.getsource(inspect.getmodule(launch)) or torch.cuda.is_available(),
     reason="Detectron2 0.5 launches several processes on GPUs only",
 )
 def test_several_processes_of_one_launch(folder, tmp_path):
@@ -150,6 +162,42 @@ def test_several_processes_of_one_launch(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert bytes_of(output) == bytes_of(tmp_path / "whole/x.json")
+
+
+def _collect(folder, output, results):
+    job = PseudoMaskJob(load_config(CONFIG, OPTS), images_in_folder(folder), output)
+    results.put(job.collect_if_complete() is not None)
+
+
+def test_one_of_two_shards_that_end_together_writes_the_file(folder, tmp_path, monkeypatch):
+    """The first to hold the lock looks before the second has written its last line."""
+    cfg = load_config(CONFIG, OPTS)
+    job = PseudoMaskJob(cfg, images_in_folder(folder), tmp_path / "x.json")
+    job.start(resume=False)
+    model = build_model(cfg)
+    units = job.work_dir.missing()
+    job.run(model, units[:-1], name="a")
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    with job.work_dir.lock():
+        other = context.Process(target=_collect, args=(folder, tmp_path / "x.json", results))
+        other.start()
+        assert job.work_dir.missing() == units[-1:]
+        job.run(model, units[-1:], name="b")
+    other.join()
+    assert results.get(timeout=10)
+    assert len(load_pseudo_masks(tmp_path / "x.json")) == 11
+
+
+def test_a_written_file_is_recognised_by_its_settings(folder, tmp_path):
+    run_job(folder, tmp_path / "x.json")
+    source = images_in_folder(folder)
+    assert PseudoMaskJob(load_config(CONFIG, OPTS), source, tmp_path / "x.json").is_written()
+    other = load_config(CONFIG, [*OPTS, "DISCOVERY.FREE_MASK.NMS_SIGMA", 3.0])
+    assert not PseudoMaskJob(other, source, tmp_path / "x.json").is_written()
+    assert not PseudoMaskJob(other, source, tmp_path / "y.json").is_written()
+    (tmp_path / "z.json").write_text('{"info": {}, "images": [], "annotations": []}')
+    assert not PseudoMaskJob(other, source, tmp_path / "z.json").is_written()
 
 
 def test_other_settings_cannot_resume(folder, tmp_path):
@@ -188,7 +236,7 @@ def test_any_models_instances_become_pseudo_masks(folder, tmp_path):
     for record in load_pseudo_masks(tmp_path / "x.json"):
         assert [m.area for m in record.masks] == [45, 25]
         assert [round(m.score, 3) for m in record.masks] == [0.9, 0.6]
-    assert statistics.dropped["low score"] == 11
+    assert statistics.dropped["below DISCOVERY.SCORE_THRESHOLD"] == 11
     assert statistics.dropped["empty or beyond the best"] == 11
 
 
@@ -228,6 +276,36 @@ def test_data_sets_keep_their_ids_and_relative_names():
     assert source.root == "unseg-synthetic://val"
     assert source.images[3].file_name == "000003.bmp"
     assert len({image.image_id for image in source.images}) == len(source.images) == 200
+
+
+def test_data_sets_without_a_root_get_the_deepest_common_folder():
+    dicts = [
+        {"file_name": f"/data/voc/{name}.jpg", "height": 4, "width": 5, "image_id": name}
+        for name in ("images/a", "images/b/c")
+    ]
+    DatasetCatalog.register("rootless", lambda: dicts)
+    try:
+        source = images_of_dataset("rootless")
+    finally:
+        DatasetCatalog.remove("rootless")
+        MetadataCatalog.remove("rootless")
+    assert source.root == "/data/voc/images"
+    assert [image.file_name for image in source.images] == ["a.jpg", "b/c.jpg"]
+
+
+def test_weights_must_be_complete(tmp_path):
+    cfg = load_config("projects/FreeSOLO/configs/free_masks_densecl_R_50.yaml", [])
+    model = build_model(cfg)
+    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):
+        load_weights(model, "")
+    state = model.state_dict()
+    torch.save({"model": state}, tmp_path / "all.pth")
+    load_weights(model, str(tmp_path / "all.pth"))
+    state.pop("backbone.res4.5.conv3.weight")
+    torch.save({"model": state}, tmp_path / "one_less.pth")
+    with pytest.raises(CheckpointError, match=r"lack 1 weights .* backbone\.res4\.5\.conv3\.we"):
+        load_weights(model, str(tmp_path / "one_less.pth"))
+    load_weights(build_model(load_config(CONFIG, OPTS)), "")  # it has none
 
 
 def test_file_describes_its_origin(folder, tmp_path):

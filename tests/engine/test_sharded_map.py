@@ -19,6 +19,11 @@ def square(value):
     return {"value": value * value, "text": 'quotes " and \n lines'}, 1
 
 
+def work_through(work, shard=0, num_shards=1, process=square, **options):
+    units = [u for u in work.missing() if u % num_shards == shard]
+    sharded_map(load, process, work, units, name=f"{shard}-of-{num_shards}", **options)
+
+
 EXPECTED = [square(load(u))[0] for u in range(23)]
 
 
@@ -32,19 +37,19 @@ def open_job(path, resume=False, job=None):
 def test_any_number_of_shards(tmp_path, num_shards):
     work = open_job(tmp_path / "job")
     for shard in range(num_shards):
-        sharded_map(load, square, work, shard=shard, num_shards=num_shards)
+        work_through(work, shard, num_shards)
     assert list(work.results()) == EXPECTED
 
 
 def test_workers_do_not_change_the_order_or_result(tmp_path):
     work = open_job(tmp_path / "job")
-    sharded_map(load, square, work, num_workers=2)
+    work_through(work, num_workers=2)
     assert list(work.results()) == EXPECTED
 
 
 def test_resume_with_another_number_of_shards_does_only_what_is_missing(tmp_path):
     work = open_job(tmp_path / "job")
-    sharded_map(load, square, work, shard=1, num_shards=3)
+    work_through(work, 1, 3)
     work = open_job(tmp_path / "job", resume=True)
     seen = []
 
@@ -53,13 +58,13 @@ def test_resume_with_another_number_of_shards_does_only_what_is_missing(tmp_path
         return square(value)
 
     for shard in range(2):
-        sharded_map(load, remember, work, shard=shard, num_shards=2)
+        work_through(work, shard, 2, process=remember)
     assert sorted(seen) == [u for u in range(23) if u % 3 != 1]
     assert list(work.results()) == EXPECTED
 
 
 def test_without_resume_everything_is_done_again(tmp_path):
-    sharded_map(load, square, open_job(tmp_path / "job"))
+    work_through(open_job(tmp_path / "job"))
     work = open_job(tmp_path / "job")
     assert work.finished() == {}
     with pytest.raises(RuntimeError, match="23 of 23 units are missing"):
@@ -69,13 +74,13 @@ def test_without_resume_everything_is_done_again(tmp_path):
 @pytest.mark.parametrize("cut", [1, 10, 30])
 def test_a_half_written_line_is_done_again(tmp_path, cut):
     work = open_job(tmp_path / "job")
-    sharded_map(load, square, work)
+    work_through(work)
     (shard,) = (tmp_path / "job").glob("shard-*")
     data = shard.read_bytes()
     shard.write_bytes(data[:-cut])
     work = open_job(tmp_path / "job", resume=True)
     assert len(work.finished()) == 22
-    sharded_map(load, square, work)
+    work_through(work)
     assert list(work.results()) == EXPECTED
     assert shard.read_bytes() == data
 
@@ -92,7 +97,7 @@ def _slow(value):
 
 
 def _work(path):
-    sharded_map(load, _slow, open_job(path, resume=True))
+    work_through(open_job(path, resume=True), process=_slow)
 
 
 def test_killed_again_and_again(tmp_path):
@@ -114,26 +119,58 @@ def test_a_shard_belongs_to_one_process(tmp_path):
 
     def meddle(value):
         with pytest.raises(RuntimeError, match="another process is working on"):
-            sharded_map(load, square, work)
+            work_through(work)
         return square(value)
 
-    sharded_map(load, meddle, work)
+    work_through(work, process=meddle)
     assert list(work.results()) == EXPECTED
 
 
-def test_lock(tmp_path):
+def _finish(path, ready, results):
+    work = open_job(path, resume=True)
+    ready.release()
+    with work.lock() as locked:
+        entered = time.monotonic()
+        if locked:
+            time.sleep(0.5)
+            work.remove()
+        results.put((entered, time.monotonic(), locked))
+
+
+def test_who_comes_second_waits_for_the_lock_and_finds_the_folder_gone(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, results = context.Semaphore(0), context.Queue()
     work = open_job(tmp_path / "job")
-    with work.lock() as first, WorkDir(work.path, {"a": 1}, 23).lock() as second:
-        assert first
-        assert not second
-        work.remove()
-    with work.lock() as gone:
-        assert not gone
+    with work.lock() as locked:  # so that both of the others have to wait
+        assert locked
+        arguments = (work.path, ready, results)
+        processes = [context.Process(target=_finish, args=arguments) for _ in range(2)]
+        for process in processes:
+            process.start()
+        for _ in processes:
+            assert ready.acquire(timeout=10)
+        time.sleep(0.1)
+        assert results.empty()
+    first, second = sorted(results.get(timeout=10) for _ in range(2))
+    for process in processes:
+        process.join()
+    assert (first[2], second[2]) == (True, False)
+    assert second[0] >= first[1]
+    with WorkDir(tmp_path / "nothing", {}, 1).lock() as locked:
+        assert not locked
+
+
+def test_a_folder_killed_while_removed_still_belongs_to_its_job(tmp_path, monkeypatch):
+    work = open_job(tmp_path / "job")
+    work_through(work)
+    monkeypatch.setattr("shutil.rmtree", lambda *a, **k: None)
+    work.remove()
+    assert [p.name for p in work.path.iterdir()] == ["job.json"]
 
 
 def test_lines_are_json_with_the_unit_first(tmp_path):
     """`finished` reads the number without parsing the line: the format must not drift."""
-    sharded_map(load, square, open_job(tmp_path / "job"))
+    work_through(open_job(tmp_path / "job"))
     (shard,) = (tmp_path / "job").glob("shard-*")
     for unit, line in enumerate(shard.read_text().splitlines()):
         assert line.startswith(f'{{"unit":{unit},"result":')

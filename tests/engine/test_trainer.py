@@ -1,6 +1,5 @@
 """The trainer: reproducible, killed and resumed, explicit about NaN, averaging weights."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,10 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
-from toy_training import Recording, register_toy_dataset, toy_cfg
+from detectron2.utils.events import EventStorage
+from PIL import Image
+from toy_training import Recording, read_losses, register_toy_dataset, toy_cfg
 
 from unseg.checkpoint import CheckpointError
 
@@ -103,6 +105,28 @@ def test_foreign_checkpoints_are_refused_in_one_sentence(tmp_path):
     assert trainer.iter == 5
 
 
+def test_another_optimizer_is_refused_in_one_sentence(tmp_path, caplog):
+    clipped = {"SOLVER__CLIP_GRADIENTS__ENABLED": True}
+    train(toy_cfg(tmp_path), stop_after=9)  # two checkpoints
+    match = "^the checkpoint's optimizer is AdamW, the config's is SGD: train without --resume"
+    for changes in ({}, clipped):
+        with caplog.at_level("WARNING"), pytest.raises(CheckpointError, match=match):
+            train(toy_cfg(tmp_path, SOLVER__OPTIMIZER="SGD", **changes), resume=True)
+    assert "trying the checkpoint before it" not in caplog.text
+    rest = train(toy_cfg(tmp_path, **clipped), resume=True)
+    assert min(rest.log) == 8, "clipping makes it no other optimizer"
+
+
+def test_weights_alone_are_not_resumed_from(tmp_path):
+    torch.save({"model": Recording(toy_cfg(tmp_path)).model.state_dict()}, tmp_path / "w.pth")
+    (tmp_path / "w.pth").rename(tmp_path / "model_final.pth")
+    with pytest.raises(CheckpointError, match="weights alone: train without --resume"):
+        train(toy_cfg(tmp_path), resume=True)
+    (tmp_path / "model_final.pth").rename(tmp_path / "w.pth")
+    cfg = toy_cfg(tmp_path, MODEL__WEIGHTS=str(tmp_path / "w.pth"))
+    assert min(train(cfg, resume=True).log) == 0, "a fresh run beside a file of weights"
+
+
 def trainer_weights(path):
     return torch.load(path)["model"]
 
@@ -128,6 +152,17 @@ def test_ema_is_the_exponential_average(tmp_path):
     with trainer._ema.applied():
         assert torch.equal(trainer.model.out.weight, average["out.weight"])
     assert torch.equal(trainer.model.out.weight, before)
+
+
+def test_an_average_begun_in_a_resumed_run_starts_from_its_weights(tmp_path):
+    train(toy_cfg(tmp_path), stop_after=5)
+    start = trainer_weights(tmp_path / "model_0000003.pth")["out.weight"]
+    changes = {"SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": 0.999}
+    train(toy_cfg(tmp_path, **changes), resume=True)
+    average = trainer_weights(tmp_path / "ema/model_final.pth")["out.weight"]
+    torch.testing.assert_close(average, start, rtol=0, atol=0.01)
+    end = trainer_weights(tmp_path / "model_final.pth")["out.weight"]
+    assert (end - start).abs().max() > 0.1, "else the test would not see the difference"
 
 
 def test_evaluation_uses_the_average_and_leaves_training_alone(tmp_path):
@@ -158,13 +193,37 @@ def test_evaluation_uses_the_average_and_leaves_training_alone(tmp_path):
     assert any(Path(tmp_path / "ema").glob("events.out.*"))
 
 
-def read_losses(folder):
-    """Iteration -> losses; a later line of the same iteration must say the same."""
-    losses = {}
-    for line in (folder / "losses.jsonl").read_text().splitlines():
-        iteration, values = json.loads(line)
-        assert losses.setdefault(iteration, values) == values, f"iteration {iteration} differs"
-    return losses
+def test_training_pictures(tmp_path, images, monkeypatch):
+    pictures = []
+    put_image = EventStorage.put_image
+
+    def record(storage, name, picture):
+        pictures.append((storage.iter, name, picture.copy()))
+        put_image(storage, name, picture)
+
+    monkeypatch.setattr(EventStorage, "put_image", record)
+    cfg = toy_cfg(tmp_path, VIS_PERIOD=5, MODEL__MASK_ON=True, INPUT__RANDOM_FLIP="none")
+    trainer = train(cfg)
+    # Detectron2's models draw at steps 0, 5, ...: they must not be asked to.
+    assert [(iteration, name) for iteration, name, _ in pictures] == [
+        (4, "image | masks trained on | prediction"),
+        (9, "image | masks trained on | prediction"),
+    ]
+    assert trainer.model.vis_period == 0
+    by_pixels = {Image.open(images / f"{i}.png").tobytes(): i for i in range(7)}
+    for _, _, picture in pictures:
+        assert picture.shape == (3, 32, 3 * 32 + 2 * 4)
+        assert picture.dtype == np.uint8
+        image, trained, predicted = (
+            picture.transpose(1, 2, 0)[:, x : x + 32].astype(int) for x in (0, 36, 72)
+        )
+        number = by_pixels[image.astype(np.uint8).tobytes()]
+        changed = np.abs(trained - image).max(axis=2) > 0
+        last_row = 4 * (number % 3) + 8  # of the masks; their outlines are a pixel wider
+        assert changed[1:last_row, 4:19].mean() > 0.95
+        assert not changed[last_row + 2 :].any()
+        assert not changed[:, 23:].any()
+        assert (np.abs(predicted - image).max(axis=2) > 0).mean() > 0.95, "a mask everywhere"
 
 
 def test_kill_9_and_resume_gives_the_losses_of_an_uninterrupted_run(tmp_path, images):

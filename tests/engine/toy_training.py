@@ -31,6 +31,7 @@ class ToyModel(nn.Module):
             nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)
         )
         self.out = nn.Linear(4, 2)
+        self.vis_period = cfg.VIS_PERIOD
         self.nan_on = None
 
     @property
@@ -129,6 +130,15 @@ class Recording(Trainer):
         self.__dict__.setdefault("log", {})[self.iter] = losses
         with open(Path(self.cfg.OUTPUT_DIR) / "losses.jsonl", "a") as file:
             file.write(json.dumps([self.iter, losses]) + "\n")
+
+
+def read_losses(folder):
+    """Iteration -> losses; a later line of the same iteration must say the same."""
+    losses = {}
+    for line in (folder / "losses.jsonl").read_text().splitlines():
+        iteration, values = json.loads(line)
+        assert losses.setdefault(iteration, values) == values, f"iteration {iteration} differs"
+    return losses
 
 
 def main(output, images, max_iter):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +10,15 @@ import torch
 import torch.multiprocessing as mp
 from coco_cases import official, random_case, uncompressed
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 
 from unseg.config import get_cfg
+from unseg.data.datasets.coco_json import load_class_agnostic_json
 from unseg.evaluation import ClassAgnosticCOCOEvaluator, evaluate_class_agnostic
 from unseg.evaluation.coco_class_agnostic import RESULTS_FILE, output_folder
+from unseg.evaluation.coco_records import to_rle
 from unseg.layers.packed_masks import pack_masks
 from unseg.structures import encode_masks
 
@@ -234,39 +237,95 @@ def test_missing_images_are_said(register, caplog):
     assert "1 of 2 images of toy were not processed" in caplog.text
 
 
-def test_dicts_are_the_ground_truth_of_a_subset(tmp_path, register):
-    """A registration may hold fewer images than its json_file: the others do not count."""
+def square_annotation(number, image_id, x, **fields):
+    """A square of 20 pixels' side as in a COCO file; its area is 5000, so that it is medium."""
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": 1,
+        "iscrowd": 0,
+        "bbox": [x, 0, 20, 20],
+        "area": 5000.0,
+        "segmentation": [[x, 0, x + 20, 0, x + 20, 20, x, 20]],
+    } | fields
+
+
+def square_output(*columns):
+    """Predictions equal to squares of :func:`square_annotation`."""
+    masks = torch.zeros((len(columns), HEIGHT, WIDTH), dtype=torch.bool)
+    for mask, x in zip(masks, columns):
+        mask[:20, x : x + 20] = True
+    boxes = torch.tensor([[x, 0, x + 20.0, 20] for x in columns])
+    return perfect(count=len(columns), pred_masks=masks, pred_boxes=Boxes(boxes))
+
+
+def write_squares(path, *annotations):
     images = [{"id": n, "file_name": f"{n}.jpg", "height": HEIGHT, "width": WIDTH} for n in (1, 2)]
-    annotations = [
-        {
-            "id": n,
-            "image_id": n,
-            "category_id": 1,
-            "iscrowd": 0,
-            "bbox": [0, 0, 20, 20],
-            "area": 5000.0,
-            "segmentation": [[0, 0, 20, 0, 20, 20, 0, 20]],
-        }
-        for n in (1, 2)
-    ]
+    content = {"info": {}, "images": images, "annotations": annotations}
+    path.write_text(json.dumps(content | {"categories": [{"id": 1, "name": "square"}]}))
+    return load_coco_json(str(path), "")
+
+
+def test_dicts_are_the_ground_truth_and_the_file_knows_areas(tmp_path, register, caplog):
+    """A registration may hold fewer images and objects than its json_file."""
     path = tmp_path / "all.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": []}))
-    record_1 = record(1, form="polygon", count=1)
-    record_1["annotations"][0] |= {"bbox": [0, 0, 20, 20], "segmentation": [[0] * 6]}
-    name = register([record_1], json_file=str(path))
-    mask = torch.zeros((1, HEIGHT, WIDTH), dtype=torch.bool)
-    mask[:, :20, :20] = True
-    output = perfect(count=1, pred_masks=mask, pred_boxes=Boxes(torch.tensor([[0, 0, 20.0, 20]])))
-    results = run(ClassAgnosticCOCOEvaluator(name), [output], [record_1])
-    assert results["segm"]["AP"] == pytest.approx(100)
-    assert results["segm"]["APm"] == pytest.approx(100)  # by the file's area, 5000
-    assert np.isnan(results["segm"]["APs"])
-    # A file that does not know the images is not used.
-    images[0]["id"] = 77
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": []}))
-    record_1["annotations"][0]["segmentation"] = encode_masks(mask)[0]
-    results = run(ClassAgnosticCOCOEvaluator(name), [output], [record_1])
+    boxes = (10, 10, 40)  # two of one box: the second is small
+    annotations = [square_annotation(n, 1, x) for n, x in enumerate(boxes, 1)]
+    annotations[1]["area"] = 99.0
+    first, _ = write_squares(path, *annotations, square_annotation(4, 2, 30))
+    del first["annotations"][2]
+    name = register([first], json_file=str(path))
+    results = run(ClassAgnosticCOCOEvaluator(name), [square_output(10, 10)], [first])
+    for task in ("bbox", "segm"):
+        assert results[task]["AP"] == pytest.approx(100)  # nothing of the rest is missed
+        assert results[task]["APm"] == pytest.approx(100)  # by the file's areas, not by pixels
+        assert results[task]["APs"] == pytest.approx(100)
+    assert not caplog.records
+    # Boxes that went through corners are still known, other objects have their own sizes.
+    del first["annotations"][1]
+    (annotation,) = first["annotations"]
+    annotation |= {"bbox": [10 + 1e-6, 0, 30, 20], "bbox_mode": BoxMode.XYXY_ABS}
+    results = run(ClassAgnosticCOCOEvaluator(name), [square_output(10)], [first])
+    assert results["segm"]["APm"] == pytest.approx(100)
+    assert not caplog.records
+    annotation["bbox"] = [11, 0, 30, 20]
+    results = run(ClassAgnosticCOCOEvaluator(name), [square_output(10)], [first])
     assert results["segm"]["APs"] == pytest.approx(100)
+    assert np.isnan(results["segm"]["APm"])
+    assert "1 of 1 objects have no area" in caplog.text
+
+
+def test_objects_of_invalid_polygons_are_left_out_whoever_loads_the_file(tmp_path, register):
+    """Detectron2's registration and ours give one answer."""
+    path = tmp_path / "file.json"
+    annotations = (
+        square_annotation(1, 1, 0),
+        square_annotation(2, 1, 30, segmentation=[[1, 2, 3, 4]]),
+        square_annotation(3, 1, 50, segmentation=[[50, 0, 70, 0], [50, 0, 70, 0, 70, 20, 50, 20]]),
+    )
+    theirs = write_squares(path, *annotations)
+    numbers = []
+    for dicts, metadata in (
+        (theirs, {"json_file": str(path)}),
+        (load_class_agnostic_json(path, ""), {"annotation_file": str(path)}),
+    ):
+        name = register(dicts, f"toy_{len(numbers)}", **metadata)
+        evaluator = ClassAgnosticCOCOEvaluator(name)
+        numbers.append(str(run(evaluator, [square_output(0), square_output()], dicts)))
+        assert len(evaluator._ground_truth["annotations"]) == 2
+    assert numbers[0] == numbers[1]
+
+
+def test_short_polygons_have_no_pixels():
+    """pycocotools takes all polygons for boxes if the first has four numbers, and fails."""
+    long = [1, 1, 5, 1, 5, 5]
+    assert mask_util.area(to_rle([[1, 2, 3, 4], long], 9, 9, "x")) == 6
+    for order in ([long], [long, [1, 2, 3, 4]]):
+        merged = mask_util.merge(mask_util.frPyObjects(order, 9, 9))
+        assert to_rle(order, 9, 9, "x") == merged
+        assert mask_util.area(merged) == 6
+    with pytest.raises(ValueError, match="annotation 7: no polygon has three points"):
+        to_rle([[1, 2, 3, 4]], 9, 9, "annotation 7")
 
 
 @pytest.mark.parametrize(
@@ -357,6 +416,25 @@ def test_from_config(register, caplog):
     assert output_folder(cfg, "b") == "/some/where/inference/b"
 
 
+def test_folders_of_data_sets_that_are_paths(tmp_path):
+    """Names of pseudo-mask files must not lead out of the output folder."""
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    names = (
+        "/data/x.json@/data/imgs",
+        "/data/x.json@/data_imgs",
+        "../../x.json@y",
+        "..",
+        "a" * 300,
+    )
+    cfg.DATASETS.TEST = names
+    folders = {output_folder(cfg, name) for name in names}
+    assert len(folders) == len(names)
+    for folder in map(Path, folders):
+        assert folder.resolve().parent == tmp_path / "inference"
+        folder.mkdir(parents=True)  # its name is none too long
+
+
 def evaluate_images(mine, folder):
     """Results of a process that sees some of seven images."""
     records = [record(n, seed=n, count=n % 4) for n in range(7)]
@@ -412,8 +490,6 @@ def objects_as_outputs(dicts):
 
 def test_shared_coco_subset(shared_datasets, register):
     """The numbers of specs/evaluation.md, from the class-aware file and from ours."""
-    from unseg.data.datasets.coco_json import load_class_agnostic_json
-
     path = shared_datasets / "coco/annotations/instances_val2017.json"
     name = "toy_shared_val"
     register_coco_instances(name, {}, str(path), str(shared_datasets / "coco/val2017"))

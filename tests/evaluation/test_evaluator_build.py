@@ -101,6 +101,37 @@ def test_class_aware_by_name(cfg, dataset):
     assert "AP-dog" in results["bbox"]
 
 
+def test_class_aware_ground_truth_is_not_that_of_an_earlier_run(cfg, dataset):
+    """Detectron2 writes the data set to the output folder and would find the old file there."""
+    cfg.TEST.EVALUATORS = ("COCOEvaluator",)
+    cfg.DATASETS.TEST = (dataset,)
+    annotation = DatasetCatalog.get(dataset)[0]["annotations"][0]
+    for shift, expected in ((0, 100), (25, 0)):
+        annotation["bbox"] = [10 + shift, 10, 50 + shift, 40]
+        evaluator = build_evaluator(cfg, dataset)
+        evaluator.reset()
+        evaluator.process([{"image_id": 1}], [prediction()])
+        assert evaluator.evaluate()["bbox"]["AP50"] == pytest.approx(expected)
+        # Others would take the categories of that file for the data set's.
+        assert MetadataCatalog.get(dataset).get("json_file") is None
+
+
+def test_class_aware_files_stay_in_the_output_folder(cfg, dataset, tmp_path):
+    name = str(tmp_path / "elsewhere/x.json@imgs")
+    DatasetCatalog.register(name, lambda: DatasetCatalog.get(dataset))
+    MetadataCatalog.get(name).set(thing_classes=["cat", "dog"])
+    try:
+        cfg.OUTPUT_DIR = str(tmp_path / "out")
+        cfg.DATASETS.TEST = (name, dataset)
+        cfg.TEST.EVALUATORS = ("COCOEvaluator",)
+        build_evaluator(cfg, name)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert len(list(tmp_path.glob("out/inference/*/*_coco_format.json"))) == 1
+
+
 @pytest.mark.parametrize("name", ["COCOEvaluator", "LVISEvaluator"])
 def test_class_aware_is_refused_for_one_class_models(cfg, dataset, name):
     cfg.TEST.EVALUATORS = (name,)

@@ -1,6 +1,8 @@
 """The command-line tools, as users run them."""
 
+import copy
 import json
+import logging
 import subprocess
 import sys
 
@@ -8,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from unseg.config import load_config
-from unseg.demo import Predictor, draw_prediction, expand_inputs
 from unseg.discovery import write_pseudo_masks
 from unseg.structures import ImageRecord, PseudoMask
+from unseg.tools import evaluate_masks
 from unseg.tools.evaluate_masks import evaluate_file, match_images
-
-CONFIG = "projects/FreeSOLO/configs/free_masks_tiny.yaml"
+from unseg.tools.visualize import choose_records, draw_record
 
 
 def run(module, *arguments):
@@ -45,6 +46,23 @@ def ground_truth_records(scenes, rename=lambda name: name):
         )
         for d in scenes
     ]
+
+
+@pytest.fixture
+def register():
+    """Registers dataset dicts under a name for one test."""
+    names = []
+
+    def add(dicts, name="toy_tools"):
+        DatasetCatalog.register(name, lambda: dicts)
+        MetadataCatalog.get(name).set(evaluator_type="coco_class_agnostic")
+        names.append(name)
+        return name
+
+    yield add
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_collect_env():
@@ -94,6 +112,59 @@ def test_matching_of_images():
         match_images([record("other.jpg")], images)
     with pytest.raises(ValueError, match=r"2\.jpg is \(5, 6\)"):
         match_images([record("2.jpg", size=(5, 6))], images)
+    with pytest.raises(ValueError, match=r"^2\.jpg and b/2\.jpg .* both taken for /data/b/2\.jpg"):
+        match_images([record("2.jpg"), record("b/2.jpg", 2)], images)
+
+
+def small_file(path, scenes, count=3):
+    """A pseudo-mask file with the true masks of some scenes, and the scenes' dataset dicts."""
+    write_pseudo_masks(path, ground_truth_records(scenes[:count]))
+    return copy.deepcopy(scenes[:count])
+
+
+def test_masks_of_some_objects_are_not_evaluated(tmp_path, scenes, register, caplog):
+    dicts = small_file(tmp_path / "x.json", scenes)
+    del dicts[1]["annotations"][0]["segmentation"]
+    objects = sum(len(d["annotations"]) for d in dicts)
+    numbers = evaluate_file(str(tmp_path / "x.json"), register(dicts))
+    assert list(numbers) == ["bbox"]
+    assert numbers["bbox"]["AP"] == pytest.approx(100)
+    assert f"masks are not evaluated: 1 of {objects} objects of toy_tools" in caplog.text
+
+
+def test_masks_against_a_file_that_is_not_registered(tmp_path, scenes):
+    small_file(tmp_path / "x.json", scenes)
+    for name in (f"{tmp_path}/x.json@unseg-synthetic://val", f"{tmp_path}/x.json@anywhere"):
+        numbers = evaluate_file(str(tmp_path / "x.json"), name)
+        assert numbers["segm"]["AP"] == pytest.approx(100)
+
+
+def test_masks_against_images_without_annotations(tmp_path, scenes, register):
+    dicts = small_file(tmp_path / "x.json", scenes)
+    name = register([d | {"annotations": []} for d in dicts])
+    with pytest.raises(ValueError, match="'toy_tools'.* has no annotations"):
+        evaluate_file(str(tmp_path / "x.json"), name)
+
+
+def test_numbers_that_are_not_there_are_null(tmp_path, scenes, register, monkeypatch):
+    """Files with a bare NaN are not JSON: other programs refuse them."""
+    dicts = small_file(tmp_path / "x.json", scenes, 1)
+    for annotation in dicts[0]["annotations"]:
+        annotation["area"] = 10_000_000  # no small objects
+    arguments = ["", tmp_path / "x.json", "--dataset", register(dicts), "--output"]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments), str(tmp_path / "m.json")])
+    loggers = [logging.getLogger(name) for name in ("unseg", None)]
+    before = [(log, log.level, log.propagate, log.handlers[:]) for log in loggers]
+    evaluate_masks.main()
+    for log, level, propagate, handlers in before:
+        log.level, log.propagate, log.handlers[:] = level, propagate, handlers
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    numbers = json.loads((tmp_path / "m.json").read_text(), parse_constant=refuse)
+    assert numbers["segm"]["APs"] is None
+    assert numbers["segm"]["AP"] == pytest.approx(100)
 
 
 def test_convert_weights(tmp_path):
@@ -120,42 +191,55 @@ def test_visualize(tmp_path, scenes):
     assert changed[~masks].mean() < 0.1  # outlines reach a little over
 
 
-def test_demo(tmp_path):
-    out = run(
-        "unseg.demo",
-        "--config-file",
-        CONFIG,
-        "--input",
-        "unseg-synthetic://val/000002.bmp",
-        "unseg-synthetic://val/000003.bmp",
-        "--output",
-        tmp_path / "out",
-        "--confidence-threshold",
-        0.7,
-        "--opts",
-        "DISCOVERY.FREE_MASK.MAX_MASKS",
-        5,
-    )
-    assert "masks drawn" in out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000002.png", "000003.png"]
+def test_boxes_are_drawn_where_there_are_no_masks():
+    dicts = DatasetCatalog.get("unseg_synthetic_val")[:1]
+    annotation = dicts[0]["annotations"][0]
+    del annotation["segmentation"]
+    annotation |= {"bbox": [40, 60, 50, 30], "bbox_mode": BoxMode.XYWH_ABS}
+    dicts[0]["annotations"] = [annotation]
+    picture = draw_record(dicts[0], 0.0).astype(int)
+    changed = (picture[:, :160] != picture[:, -160:]).any(2)
+    assert changed[60, 45:85].all()  # the upper side
+    assert changed[65:85, 90].all()  # the right one
+    assert not changed[70:80, 55:75].any()
+    dicts[0]["annotations"] = [annotation | {"score": 0.3}]
+    picture = draw_record(dicts[0], 0.4)
+    np.testing.assert_array_equal(picture[:, :160], picture[:, -160:])
 
 
-def test_predictor_gives_the_models_answer_for_files_of_any_format(tmp_path):
-    cfg = load_config(CONFIG, ["INPUT.FORMAT", "BGR"])
-    rgb = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    rgb[10:30, 10:40] = (200, 40, 40)
-    instances = Predictor(cfg)(rgb)["instances"]
-    same = Predictor(load_config(CONFIG))(rgb)["instances"]
-    assert instances.image_size == (50, 70)
-    assert torch.equal(instances.scores, same.scores)
-    assert draw_prediction(rgb, instances, 0.0).shape == rgb.shape
-    np.testing.assert_array_equal(draw_prediction(rgb, instances, 2.0), rgb)
+def test_data_sets_that_cannot_be_drawn(register):
+    with pytest.raises(ValueError, match="'toy_tools' has no images"):
+        choose_records(register([]), 3)
+    with pytest.raises(ValueError, match="'unseg_synthetic_val_video' is not one of single images"):
+        choose_records("unseg_synthetic_val_video", 3)
+    assert len(choose_records("unseg_synthetic_val_video_frames", 3)) == 3
 
 
-def test_expand_inputs(tmp_path):
-    for name in ("a.jpg", "b.png", "c.txt"):
-        (tmp_path / name).touch()
-    assert expand_inputs([str(tmp_path)]) == [str(tmp_path / "a.jpg"), str(tmp_path / "b.png")]
-    assert expand_inputs([str(tmp_path / "*.png")]) == [str(tmp_path / "b.png")]
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        expand_inputs([str(tmp_path / "nothing*")])
+def test_real_photographs_to_measured_masks(tmp_path, shared_datasets):
+    """Four COCO images through discovery and evaluation, as users would run them.
+
+    The four with the largest objects that discovery may find (it takes half of an image for
+    background): hand-made features find some of them, and few of the small ones.
+    """
+    content = json.loads((shared_datasets / "coco/annotations/instances_val2017.json").read_text())
+    pixels = {image["id"]: image["height"] * image["width"] for image in content["images"]}
+    largest = dict.fromkeys(pixels, 0.0)
+    for a in content["annotations"]:
+        share = a["area"] / pixels[a["image_id"]]
+        if not a["iscrowd"] and share < 0.4:
+            largest[a["image_id"]] = max(largest[a["image_id"]], share)
+    ids = sorted(largest, key=largest.get)[-4:]
+    content["images"] = [image for image in content["images"] if image["id"] in ids]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    (tmp_path / "images").mkdir()
+    for one in content["images"]:
+        target = tmp_path / "images" / one["file_name"]
+        target.symlink_to(shared_datasets / "coco/val2017" / one["file_name"])
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    config = "projects/FreeSOLO/configs/free_masks_filter_bank.yaml"
+    run("unseg.tools.pseudo_masks", "--config-file", config, "--images", tmp_path / "images",
+        "--output", tmp_path / "x.json", "INPUT.MIN_SIZE_TEST", 160)  # fmt: skip
+    numbers = evaluate_file(str(tmp_path / "x.json"), f"{tmp_path}/truth.json@{tmp_path}/images")
+    for task in ("bbox", "segm"):
+        assert 0 < numbers[task]["AR@100"] < 50
+        assert 0 < numbers[task]["AP50"] < 50

@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill at any moment, and loading that runs no code."""
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -9,7 +10,15 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
 from unseg.checkpoint.files import atomic_write
-from unseg.checkpoint.safe import CheckpointError, load_weights_file
+from unseg.checkpoint.safe import (
+    CheckpointError,
+    UnreadableCheckpointError,
+    load_weights_file,
+)
+
+# What our trainer writes. Other files of an output folder (a backbone's weights, say) are not
+# checkpoints of the run.
+_OWN_NAME = re.compile(r"model_(\d{7}|final)\.pth")
 
 
 class _SafeFiles(Checkpointer):
@@ -23,8 +32,8 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeFiles):
     """Detectron2's checkpointer with whole files only and without arbitrary pickles.
 
     * Files are written beside their name and renamed, so a kill leaves the previous state.
-    * If the newest checkpoint cannot be read all the same (a full disk, a copy cut short), resuming
-      falls back to the newest one that can.
+    * If the last checkpoint cannot be read all the same (a full disk, a copy cut short), resuming
+      falls back to the newest one that can. A readable checkpoint of another run is no reason to.
     * ``.pth`` is read with ``weights_only=True``, ``.pkl`` with numpy arrays only.
     """
 
@@ -56,33 +65,40 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeFiles):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the newest readable checkpoint of ``save_dir``, or load weights from `path`.
 
+        Returns:
+            what the checkpoint holds beside the model and this checkpointer's objects.
+
         Raises:
-            CheckpointError: there are checkpoints and none can be read; starting over without
-                ``--resume`` must be the user's decision.
+            CheckpointError: there are checkpoints and none can be read (starting over without
+                ``--resume`` must be the user's decision), or one of our objects refused it.
         """
-        candidates = self._newest_first() if resume else []
+        candidates = self._candidates() if resume else []
         if not candidates:
             return self.load(path, checkpointables=[])
         failures = []
         for candidate in candidates:
             try:
+                if not os.path.isfile(candidate):
+                    raise UnreadableCheckpointError(f"{candidate} does not exist")
                 return self.load(candidate)
-            except CheckpointError as error:
+            except UnreadableCheckpointError as error:
                 self._parsed_url_during_load = None  # Detectron2 main keeps it after a failure
                 self.logger.warning("%s; trying the checkpoint before it", error)
                 failures.append(str(error))
         raise CheckpointError("no checkpoint can be read:\n" + "\n".join(failures))
 
     def has_checkpoint(self) -> bool:
-        return bool(self._newest_first())
+        return bool(self._candidates())
 
-    def _newest_first(self) -> list[str]:
-        """Checkpoints of ``save_dir``: the tagged one, then the others by time of writing."""
+    def _candidates(self) -> list[str]:
+        """The file that ``last_checkpoint`` names, then our trainer's others, the newest first."""
         if not self.save_dir or not os.path.isdir(self.save_dir):
             return []
-        others = sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True)
+        files = self.get_all_checkpoint_files()
+        others = [file for file in files if _OWN_NAME.fullmatch(os.path.basename(file))]
+        others.sort(key=os.path.getmtime, reverse=True)
         tagged = self.get_checkpoint_file()
-        return sorted(others, key=lambda file: file != tagged)  # stable: the tagged one first
+        return [tagged, *(file for file in others if file != tagged)] if tagged else others
 
     def _load_file(self, filename: str) -> Any:
         if filename.endswith((".pkl", ".pyth")):

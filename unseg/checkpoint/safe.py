@@ -1,7 +1,10 @@
 """Loading weights from files that nobody vouches for: arrays and plain containers, never code."""
 
+import argparse
+import contextlib
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +27,11 @@ _ALLOWED_GLOBALS = {
 
 
 class CheckpointError(ValueError):
-    """A file of weights is damaged, holds code or is of another kind; the message names it."""
+    """A checkpoint cannot be used; the message says which and why."""
+
+
+class UnreadableCheckpointError(CheckpointError):
+    """A file of weights is damaged or holds code: another file may do in its place."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -39,12 +46,30 @@ def load_pickle(file: IO[bytes]) -> Any:
     return _ArrayUnpickler(file, encoding="latin1").load()
 
 
+def _load_torch(path: Path) -> Any:
+    # DINO's and many other training states keep their command line; torch 2.4 cannot allow it.
+    allow = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
+    with allow([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without torch's escape codes and its advice to load the file unsafely."""
+    text = str(error)
+    if match := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
+        return f"Unsupported global: {match[1]}"
+    return text.strip().split("\n")[0] or type(error).__name__
+
+
 def load_weights_file(path: str | os.PathLike) -> Any:
     """Read ``.pkl`` (numpy arrays) or any file of ``torch.save`` (tensors) onto the CPU.
 
+    An ``argparse.Namespace`` in a file of ``torch.save`` is allowed beside tensors and containers.
+
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged or holds more than arrays and containers.
+        UnreadableCheckpointError: the file is damaged or holds more than arrays and containers; the
+            message names the first class or function that is not allowed.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,7 +78,7 @@ def load_weights_file(path: str | os.PathLike) -> Any:
         if path.suffix == ".pkl":
             with open(path, "rb") as file:
                 return load_pickle(file)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_torch(path)
     except (
         pickle.UnpicklingError,
         zipfile.BadZipFile,
@@ -66,5 +91,6 @@ def load_weights_file(path: str | os.PathLike) -> Any:
         AttributeError,
         TypeError,
     ) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged or holds more than weights: {reason}") from error
+        raise UnreadableCheckpointError(
+            f"{path} is damaged or holds more than weights: {_reason(error)}"
+        ) from error

@@ -9,8 +9,10 @@ def add_common_config(cfg: CfgNode) -> None:
     cfg.INPUT.MAPPER = "InstanceMapper"
     # Take all categories for one (0): for class-agnostic models on data sets with classes.
     cfg.INPUT.CLASS_AGNOSTIC = False
-    # What to do with an image that cannot be read: "raise" (the error names the file), or "skip"
-    # (it is counted and another one takes its place; above 1 % of the data it raises anyway).
+    # What to do with an image that cannot be read: "raise" (the error names the file) or "skip".
+    # Training then takes another one in its place, and raises all the same once it is clear that
+    # more than 1 % of the data are bad. Mask discovery leaves it out, counts it and reports the
+    # number, however large. Evaluation always raises: its results would be of another data set.
     cfg.INPUT.ON_BAD_IMAGE = "raise"
 
     # Names in the EVALUATORS registry (unseg.evaluation.build). Empty: chosen by each dataset's
@@ -24,6 +26,7 @@ def add_common_config(cfg: CfgNode) -> None:
     # SGD (with SOLVER.MOMENTUM, SOLVER.NESTEROV) or ADAMW (betas 0.9, 0.999).
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Exponential moving average of the weights, used for evaluation and saved in checkpoints.
+    # --eval-only uses it too where the checkpoint holds one (ema/model_final.pth is the average).
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.999

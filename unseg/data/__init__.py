@@ -2,7 +2,12 @@
 
 from unseg.data import datasets as _datasets  # noqa: F401 (registers)
 from unseg.data.build import build_test_loader, build_train_loader
-from unseg.data.datasets.pseudo import register_datasets_in_config, register_pseudo_masks
+from unseg.data.datasets.pseudo import (
+    image_root_of,
+    register_datasets_in_config,
+    register_if_file,
+    register_pseudo_masks,
+)
 from unseg.data.mappers import MAPPERS, build_mapper
 
 __all__ = [
@@ -10,6 +15,8 @@ __all__ = [
     "build_mapper",
     "build_test_loader",
     "build_train_loader",
+    "image_root_of",
     "register_datasets_in_config",
+    "register_if_file",
     "register_pseudo_masks",
 ]

@@ -20,6 +20,18 @@ from unseg.data.sampling import DrawDataset, ResumableLoader, TrainingBatchSampl
 logger = logging.getLogger(__name__)
 
 
+def skips_bad_images(cfg: CfgNode) -> bool:
+    """Whether ``INPUT.ON_BAD_IMAGE`` is "skip" rather than "raise".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    choice = cfg.INPUT.ON_BAD_IMAGE
+    if choice not in ("raise", "skip"):
+        raise ValueError(f"INPUT.ON_BAD_IMAGE must be raise or skip, got {choice!r}")
+    return choice == "skip"
+
+
 def _training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
     return get_detection_dataset_dicts(
         list(cfg.DATASETS.TRAIN),
@@ -33,8 +45,10 @@ def _repeat_factors(cfg: CfgNode, dicts: list[dict[str, Any]]) -> np.ndarray | N
     if name == "TrainingSampler":
         return None
     if name == "RepeatFactorTrainingSampler":
+        # A key of Detectron2 main; 0.5 always takes the square root.
+        options = {} if cfg.DATALOADER.get("REPEAT_SQRT", True) else {"sqrt": False}
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, **options
         )
         return factors.double().numpy()
     raise ValueError(
@@ -58,17 +72,17 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not a positive multiple of the "
             f"number of processes, {world_size}"
         )
-    if cfg.INPUT.ON_BAD_IMAGE not in ("raise", "skip"):
-        raise ValueError(f"INPUT.ON_BAD_IMAGE must be raise or skip: {cfg.INPUT.ON_BAD_IMAGE!r}")
+    skip_bad = skips_bad_images(cfg)
     dicts = _training_dicts(cfg)
     is_wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         is_wide = np.array([d["width"] > d["height"] for d in dicts])
     repeat_factors = _repeat_factors(cfg, dicts)
+    num_images = len(dicts)  # the closure must not keep the list alive
 
     def make_batches(seed: int, start_iteration: int) -> TrainingBatchSampler:
         return TrainingBatchSampler(
-            len(dicts),
+            num_images,
             cfg.SOLVER.IMS_PER_BATCH // world_size,
             seed=seed,
             start_batch=start_iteration,
@@ -81,7 +95,7 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     dataset = DrawDataset(
         DatasetFromList(dicts, copy=False),  # serialised: workers do not copy it page by page
         build_mapper(cfg, True),
-        skip_bad=cfg.INPUT.ON_BAD_IMAGE == "skip",
+        skip_bad=skip_bad,
     )
     return ResumableLoader(
         dataset,
@@ -92,5 +106,8 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Detectron2's test loader with the mapper of ``cfg.INPUT.MAPPER``."""
+    """Detectron2's test loader with the mapper of ``cfg.INPUT.MAPPER``.
+
+    An image that cannot be read raises, whatever ``INPUT.ON_BAD_IMAGE`` says.
+    """
     return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, False))

@@ -20,7 +20,7 @@ from unseg.data.image import ImageReadError
 
 logger = logging.getLogger(__name__)
 
-# INPUT.ON_BAD_IMAGE "skip" gives up once more than this share of the images cannot be read.
+# INPUT.ON_BAD_IMAGE "skip" gives up when more than this share of the images cannot be read.
 _MAX_BAD_FRACTION = 0.01
 
 
@@ -32,7 +32,7 @@ def isolated_rng(*entropy: int) -> Iterator[None]:
         entropy: non-negative integers; equal ones give equal streams.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed_rng(*entropy)
+    _seed_cpu(*entropy)
     try:
         yield
     finally:
@@ -43,10 +43,16 @@ def isolated_rng(*entropy: int) -> Iterator[None]:
 
 def seed_rng(*entropy: int) -> None:
     """Seed Python's, numpy's and torch's global generators (CUDA's too) from integers."""
+    torch.manual_seed(_seed_cpu(*entropy))
+
+
+def _seed_cpu(*entropy: int) -> int:
+    """Seed the generators of the CPU alone; returns torch's seed."""
     words = np.random.SeedSequence(entropy).generate_state(3, dtype=np.uint32).tolist()
     random.seed(words[0])
     np.random.seed(words[1])
-    torch.manual_seed(words[2])
+    torch.default_generator.manual_seed(words[2])
+    return words[2]
 
 
 class TrainingBatchSampler(Sampler):
@@ -123,7 +129,8 @@ class DrawDataset(Dataset):
     """Maps (index, draw number) under randomness that is seeded from the draw number.
 
     An unreadable image raises, or, with `skip_bad`, is replaced by another one that the draw number
-    determines; the run stops if more than 1 % of the images are bad.
+    determines. The run stops when it is clear that more than 1 % of the images are bad. Every
+    worker of every rank judges by what it has seen itself.
     """
 
     def __init__(
@@ -146,6 +153,7 @@ class DrawDataset(Dataset):
         self.seed = seed
         self.skip_bad = skip_bad
         self._bad: set[int] = set()
+        self._tried = np.zeros(len(dataset), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -154,6 +162,7 @@ class DrawDataset(Dataset):
         index, draw = item
         with isolated_rng(self.seed, draw):
             while True:
+                self._tried[index] = True
                 try:
                     return self.mapper(self.dataset[index])
                 except ImageReadError as error:
@@ -167,14 +176,27 @@ class DrawDataset(Dataset):
         if index in self._bad:
             return
         self._bad.add(index)
-        # One bad image is let pass in small sets, unless there is no other.
-        limit = min(max(1, int(_MAX_BAD_FRACTION * len(self.dataset))), len(self.dataset) - 1)
-        logger.warning("skipped %s (%d bad images so far)", error, len(self._bad))
-        if len(self._bad) > limit:
+        tried, total = int(self._tried.sum()), len(self.dataset)
+        logger.warning("skipped %s (%d of %d tried so far)", error, len(self._bad), tried)
+        if len(self._bad) > min(_most_bad(total), _most_bad_by_chance(tried)):
             raise ImageReadError(
-                f"{len(self._bad)} of {len(self.dataset)} images cannot be read, more than "
-                f"{_MAX_BAD_FRACTION:.0%}; the last one: {error}"
+                f"{len(self._bad)} of the {tried} images tried so far (of {total}) cannot be read: "
+                f"more than {_MAX_BAD_FRACTION:.0%} of the data; the last one: {error}"
             )
+
+
+def _most_bad(total: int) -> float:
+    """Bad images that a data set may have. In small sets it is one, unless there is no other."""
+    return min(max(1, int(_MAX_BAD_FRACTION * total)), total - 1)
+
+
+def _most_bad_by_chance(tried: int) -> float:
+    """Bad ones to expect at most among the images tried if no more than 1 % of all are bad.
+
+    Mean and four standard deviations, plus four for the beginning: runs have many workers.
+    """
+    mean = _MAX_BAD_FRACTION * tried
+    return mean + 4 * mean**0.5 + 4
 
 
 class ResumableLoader:

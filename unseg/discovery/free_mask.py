@@ -17,7 +17,8 @@ from unseg.discovery.registry import DISCOVERERS
 from unseg.layers import matrix_nms
 from unseg.structures import PseudoMask, make_pseudo_masks
 
-# Similarities are computed for as many queries at a time as fit this many floats.
+# Similarities, and masks at the size of the image, are computed for as many queries at a time as
+# fit this many floats.
 _CHUNK_ELEMENTS = 1 << 24
 
 
@@ -160,14 +161,21 @@ def free_masks(
     queries, scores, soft = _select(features, settings, dropped)
     if len(queries) == 0:
         return []
-    upsampled = F.interpolate(soft[None], size=image_size, mode="bilinear", align_corners=False)
-    masks = upsampled[0] >= settings.mask_threshold
-    keep = _plausible(masks, settings, dropped)
     # The embedding is the normalised query resized along its channels, not normalised again.
     embeddings = F.interpolate(
-        queries[keep][:, None], size=settings.embedding_dim, mode="linear", align_corners=False
+        queries[:, None], size=settings.embedding_dim, mode="linear", align_corners=False
     )[:, 0]
-    return make_pseudo_masks(masks[keep], scores[keep], embeddings)
+    found = []
+    at_once = max(1, _CHUNK_ELEMENTS // (image_size[0] * image_size[1]))
+    for begin in range(0, len(queries), at_once):
+        part = slice(begin, begin + at_once)
+        upsampled = F.interpolate(
+            soft[None, part], size=image_size, mode="bilinear", align_corners=False
+        )
+        masks = upsampled[0] >= settings.mask_threshold
+        keep = _plausible(masks, settings, dropped)
+        found += make_pseudo_masks(masks[keep], scores[part][keep], embeddings[part][keep])
+    return found
 
 
 @DISCOVERERS.register()

@@ -4,44 +4,37 @@ pycocotools trusts its input in places (it reads past a mask whose runs are too 
 a file are checked here first.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_util
 
+from unseg.layers import run_lengths
 from unseg.structures import RLE
 
+_CHECKED_AT_ONCE = 1 << 20  # characters
 
-def decode_counts(counts: bytes) -> np.ndarray:
-    """Run lengths of a compressed COCO string, background first, as int64.
 
-    The format: five bits a character (offset 48), low bits first, bit 5 says that more follow, the
-    top bit of the last character is the sign; from the fourth run on, differences to the run
-    two places before.
+def covers(counts: Sequence[bytes], pixels: Sequence[int]) -> np.ndarray:
+    """Which compressed strings are well formed and cover so many pixels: bool (N,).
 
-    Raises:
-        ValueError: a character outside the alphabet, or an unfinished number.
+    Some million strings a minute: as many are looked at together as make up a megabyte.
     """
-    codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
-    if len(codes) == 0:
-        return np.zeros(0, dtype=np.int64)
-    if codes.min() < 0 or codes.max() > 63:
-        raise ValueError("counts hold characters that run-length encodings do not use")
-    last = (codes & 32) == 0
-    if not last[-1]:
-        raise ValueError("counts end in the middle of a number")
-    ends = np.flatnonzero(last)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    lengths = ends - starts + 1
-    if lengths.max() > 8:
-        raise ValueError("counts hold a number of more than 40 bits")
-    place = np.arange(len(codes)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
-    runs = np.where(codes[ends] & 16, runs - (np.int64(1) << (5 * lengths)), runs)
-    # Undo the differences: the chains 2, 4, 6, ... and 1, 3, 5, ... are running sums.
-    for first in (1, 2):
-        runs[first::2] = np.cumsum(runs[first::2])
-    return runs
+    result = np.zeros(len(counts), bool)
+    totals = np.asarray(pixels, dtype=np.int64)
+    offsets = np.concatenate(([0], np.cumsum([len(c) for c in counts], dtype=np.int64)))
+    begin = 0
+    while begin < len(counts):
+        limit = offsets[begin] + _CHECKED_AT_ONCE
+        end = max(begin + 1, int(np.searchsorted(offsets, limit, side="right")) - 1)
+        text = np.frombuffer(b"".join(counts[begin:end]), np.uint8)
+        own = offsets[begin : end + 1] - offsets[begin]
+        runs, starts, well_formed = run_lengths.parse(text, own)
+        sums = np.concatenate(([0], np.cumsum(runs)))[starts]
+        result[begin:end] = well_formed & (np.diff(sums) == totals[begin:end])
+        begin = end
+    return result
 
 
 def parse_segmentation(segmentation: Any, height: int, width: int) -> RLE:
@@ -55,6 +48,25 @@ def parse_segmentation(segmentation: Any, height: int, width: int) -> RLE:
     Raises:
         ValueError: it is none of these, is malformed, or is not of the size of the image.
     """
+    rle = read_segmentation(segmentation, height, width)
+    if not covers([rle["counts"]], [height * width])[0]:
+        raise malformed_counts(height, width)
+    return rle
+
+
+def malformed_counts(height: int, width: int) -> ValueError:
+    """What is wrong with counts that :func:`covers` refuses."""
+    return ValueError(
+        f"segmentation.counts are malformed or do not cover the image's {height * width} pixels"
+    )
+
+
+def read_segmentation(segmentation: Any, height: int, width: int) -> RLE:
+    """As :func:`parse_segmentation`, but compressed counts must still pass :func:`covers`.
+
+    Raises:
+        ValueError: anything else is wrong.
+    """
     if isinstance(segmentation, list):
         return _from_polygons(segmentation, height, width)
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
@@ -62,22 +74,15 @@ def parse_segmentation(segmentation: Any, height: int, width: int) -> RLE:
     size, counts = segmentation["size"], segmentation["counts"]
     if size != [height, width]:
         raise ValueError(f"segmentation.size is {size}, the image is {[height, width]}")
-    if isinstance(counts, list):
-        if not all(isinstance(run, int) for run in counts):
-            raise ValueError("segmentation.counts holds something that is not an integer")
-        runs = np.asarray(counts, dtype=np.int64)
-    elif isinstance(counts, str | bytes):
-        counts = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
-        runs = decode_counts(counts)
-    else:
+    if isinstance(counts, str | bytes):
+        return {"size": [height, width], "counts": run_lengths.to_bytes(counts)}
+    if not isinstance(counts, list):
         raise ValueError(f"segmentation.counts is a {type(counts).__name__}")
-    if (runs < 0).any() or runs.sum() != height * width:
-        raise ValueError(
-            f"segmentation.counts cover {int(runs.sum())} pixels, the image has {height * width}"
-        )
-    if isinstance(counts, list):
-        return mask_util.frPyObjects({"size": size, "counts": counts}, height, width)
-    return {"size": [height, width], "counts": counts}
+    if not all(isinstance(run, int) for run in counts):
+        raise ValueError("segmentation.counts holds something that is not an integer")
+    if any(run < 0 for run in counts) or sum(counts) != height * width:
+        raise malformed_counts(height, width)
+    return mask_util.frPyObjects({"size": size, "counts": counts}, height, width)
 
 
 def _from_polygons(polygons: list, height: int, width: int) -> RLE:
@@ -90,7 +95,7 @@ def _from_polygons(polygons: list, height: int, width: int) -> RLE:
     if not polygons:
         raise ValueError("segmentation is an empty list of polygons")
     # Far-away points would make pycocotools allocate one entry per crossed pixel.
-    limit = np.array([width, height] * 1, dtype=float)
+    limit = np.array([width, height], dtype=float)
     clipped = [
         np.clip(np.reshape(p, (-1, 2)), -limit, 2 * limit).ravel().tolist() for p in polygons
     ]

@@ -1,4 +1,4 @@
-"""Masks drawn on images, by Detectron2's Visualizer, with stable colours."""
+"""Masks and boxes drawn on images, by Detectron2's Visualizer, with stable colours."""
 
 from collections.abc import Sequence
 
@@ -18,27 +18,34 @@ def _colors(count: int) -> list[tuple[float, float, float]]:
 
 def draw_instances(
     image: np.ndarray,
-    masks: np.ndarray,
+    masks: np.ndarray | None,
     labels: Sequence[str] | None = None,
     *,
+    boxes: np.ndarray | None = None,
     alpha: float = 0.45,
 ) -> np.ndarray:
-    """Overlay masks with outlines; the largest are drawn first, so that all can be seen.
+    """Overlay masks with outlines, or boxes; the largest are drawn first, so that all can be seen.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        masks: (N, H, W) bool.
+        masks: (N, H, W) bool, or None to draw boxes alone.
         labels: N texts, or None.
+        boxes: (N, 4) XYXY in pixels, or None.
         alpha: opacity of the fill.
 
     Returns:
         (H, W, 3) uint8.
     """
-    if len(masks) == 0:
+    count = max(len(drawn) for drawn in (masks, boxes) if drawn is not None)
+    if count == 0:
         return image.copy()
     visualizer = Visualizer(image, MetadataCatalog.get("__unseg_drawing"))
     drawn = visualizer.overlay_instances(
-        masks=list(masks), labels=labels, assigned_colors=_colors(len(masks)), alpha=alpha
+        masks=None if masks is None else list(masks),
+        boxes=boxes,
+        labels=labels,
+        assigned_colors=_colors(count),
+        alpha=alpha,
     )
     picture = drawn.get_image()
     # The canvas of odd sizes can come out a pixel short.

@@ -59,9 +59,13 @@ class EMAHook(HookBase):
         self.model = unwrap(model)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self._update = get_ema_multi_avg_fn(decay)
+        self._loaded = False
 
     def before_train(self) -> None:
-        if self.trainer.start_iter == 0:  # the weights were loaded after this hook was made
+        # The weights were loaded after this hook was made; a resumed run may hold no average.
+        if not self._loaded:
+            if self.trainer.start_iter > 0:
+                logger.info("the checkpoint holds no average of the weights: it starts from them")
             self.load_state_dict(self.model.state_dict())
 
     @torch.no_grad()
@@ -92,6 +96,13 @@ class EMAHook(HookBase):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for key, value in self.average.items():
             value.copy_(state[key])
+        self._loaded = True
+
+
+def averaged_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The average that :class:`EMAHook` left in a checkpoint of the trainer, or None."""
+    hooks = checkpoint.get("trainer", {}).get("hooks", {})
+    return hooks.get(EMAHook.__qualname__)
 
 
 class BatchWatch:

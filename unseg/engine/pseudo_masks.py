@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import logging
 import os
 from collections import Counter
@@ -14,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.structures import Instances
 from torch import nn
 
-from unseg.data import build_mapper
+from unseg.data import build_mapper, image_root_of
+from unseg.data.build import skips_bad_images
 from unseg.data.image import EXTENSIONS, ImageReadError, read_image_size
 from unseg.discovery import write_pseudo_masks
+from unseg.discovery.io import read_header
 from unseg.discovery.statistics import MaskStatistics
 from unseg.engine.sharded_map import WorkDir, sharded_map
 from unseg.structures import ImageRecord, PseudoMask, make_pseudo_masks
@@ -77,16 +80,17 @@ def images_in_folder(folder: str | os.PathLike, *, skip_bad: bool = False) -> Im
 
 
 def images_of_dataset(name: str) -> ImageSource:
-    """The images of a registered data set, with its image ids."""
-    root = str(MetadataCatalog.get(name).get("image_root", "")).rstrip("/")
+    """The images of a registered data set, with its ids and names relative to its root."""
+    dicts = DatasetCatalog.get(name)
+    if not dicts:
+        raise ValueError(f"data set {name} holds no image")
+    root = image_root_of(name)
     images = []
-    for d in DatasetCatalog.get(name):
+    for d in dicts:
         file_name = d["file_name"]
         if root and file_name.startswith(root + "/"):
             file_name = file_name[len(root) + 1 :]
         images.append(ImageRecord(file_name, d["height"], d["width"], d["image_id"]))
-    if not images:
-        raise ValueError(f"data set {name} holds no image")
     return ImageSource(root, images)
 
 
@@ -96,7 +100,7 @@ class _Loader:
     def __init__(self, cfg: CfgNode, source: ImageSource):
         self.mapper = build_mapper(cfg, False)
         self.root = source.root
-        self.skip_bad = cfg.INPUT.ON_BAD_IMAGE == "skip"
+        self.skip_bad = skips_bad_images(cfg)
         images = source.images
         order = sorted(range(len(images)), key=lambda i: (images[i].height, images[i].width, i))
         size = cfg.DISCOVERY.BATCH_SIZE
@@ -149,7 +153,7 @@ class _Labeller:
         confident = [m for m in masks if m.score >= self.score_threshold]
         kept = [m for m in confident if m.area > 0]
         kept = sorted(kept, key=lambda m: -m.score)[: self.max_masks]
-        dropped["low score"] += len(masks) - len(confident)
+        dropped["below DISCOVERY.SCORE_THRESHOLD"] += len(masks) - len(confident)
         dropped["empty or beyond the best"] += len(confident) - len(kept)
         return kept
 
@@ -215,18 +219,28 @@ class PseudoMaskJob:
         }
         self.work_dir = WorkDir(f"{self.output}.parts", self.info, len(self.loader.units))
 
+    def is_written(self) -> bool:
+        """Whether the output is there already, made by a job with the same settings."""
+        header = read_header(self.output)
+        return header is not None and header.get("unseg") == json.loads(json.dumps(self.info))
+
     def start(self, *, resume: bool) -> None:
         """Open the work folder; see :meth:`WorkDir.open`. One process does this, before all."""
         self.work_dir.open(resume=resume)
 
-    def run(self, model: nn.Module, *, shard: int = 0, num_shards: int = 1) -> None:
-        """Work through one shard. Needs :meth:`start` first."""
+    def run(
+        self, model: nn.Module, units: Sequence[int] | None = None, *, name: str = "0"
+    ) -> None:
+        """Work through some units, by default all missing ones, as the process of that name.
+
+        Needs :meth:`start` first.
+        """
         sharded_map(
             self.loader,
             _Labeller(self.cfg, model),
             self.work_dir,
-            shard=shard,
-            num_shards=num_shards,
+            self.work_dir.missing() if units is None else units,
+            name=name,
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
         )
 
@@ -234,12 +248,13 @@ class PseudoMaskJob:
         """:meth:`collect` once every unit is finished, by whichever process gets here first.
 
         Returns:
-            None if units are still missing (the log says how many) or another process collects.
+            None if units are still missing (the log says how many) or another process collected.
         """
         with self.work_dir.lock() as locked:
             if not locked:
+                logger.info("another process has written %s", self.output)
                 return None
-            missing = self.work_dir.num_units - len(self.work_dir.finished())
+            missing = len(self.work_dir.missing())
             if missing:
                 logger.info(
                     "%d of %d batches are still to be done by other processes; run one of them "

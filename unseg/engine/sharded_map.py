@@ -83,6 +83,11 @@ class WorkDir:
                     offset += len(line)
         return places
 
+    def missing(self) -> list[int]:
+        """Units that are not finished, in order."""
+        done = self.finished()
+        return [unit for unit in range(self.num_units) if unit not in done]
+
     def results(self) -> Iterator[Any]:
         """The results of all units, in order.
 
@@ -105,23 +110,31 @@ class WorkDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
-        """Hold the folder for one process; False if another one holds it or it is gone."""
+        """Hold the folder for one process, waiting for others; False if it is gone by then.
+
+        Raises:
+            OSError: the file system cannot lock files.
+        """
+        marker = self.path / "job.json"
         try:
-            marker = open(self.path / "job.json")
+            # Writable, because NFS gives exclusive locks on no other files.
+            file = open(marker, "r+")
         except FileNotFoundError:
             yield False
             return
-        with marker:
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             try:
-                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            # It may have been finished and removed between opening and locking.
-            yield (self.path / "job.json").exists()
+                # It may have been finished and removed in the meantime.
+                yield marker.exists()
+            finally:
+                # Closing is not enough while a forked process holds the same open file.
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     def remove(self) -> None:
-        """Delete the folder and everything in it."""
+        """Delete the folder and everything in it; killed midway, it is still of the same job."""
+        for shard in self.path.glob("shard-*"):
+            shard.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -158,28 +171,27 @@ def sharded_map(
     load: Callable[[int], Any],
     process: Callable[[Any], tuple[Any, int]],
     work_dir: WorkDir,
+    units: Sequence[int],
     *,
-    shard: int = 0,
-    num_shards: int = 1,
+    name: str = "0",
     num_workers: int = 0,
     noun: str = "images",
 ) -> None:
-    """Work through this process's share of the units that are not finished yet.
+    """Work through some units.
 
     Args:
         load: loads the unit of a number (runs in the workers).
         process: turns what `load` returned into a JSON-able result and the number of items in it.
         work_dir: an opened job; results are appended to it, each unit at once.
-        shard, num_shards: this process and how many there are; units are dealt out in turn.
+        units: numbers of the units.
+        name: of this process's share, in the name of its file; no two processes have the same.
         num_workers: data-loading processes.
         noun: what the items are called in the log.
 
     Raises:
-        RuntimeError: another process works on the same shard.
+        RuntimeError: another process works under the same name.
     """
-    done = work_dir.finished()
-    units = [u for u in range(shard, work_dir.num_units, num_shards) if u not in done]
-    own = work_dir.path / f"shard-{shard:05d}-of-{num_shards:05d}.jsonl"
+    own = work_dir.path / f"shard-{name}.jsonl"
     with open(own, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

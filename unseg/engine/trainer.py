@@ -21,6 +21,8 @@ from unseg.evaluation import build_evaluator
 
 logger = logging.getLogger(__name__)
 
+_INSTEAD = "train without --resume and pass the file as MODEL.WEIGHTS"
+
 
 class Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer with `unseg`'s loaders, evaluators, optimizer and checkpoints.
@@ -36,6 +38,15 @@ class Trainer(DefaultTrainer):
         return self.data_loader.seed
 
     # What Detectron2 asks a trainer to build.
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        # Our pictures replace those that Detectron2's models draw at VIS_PERIOD: one TensorBoard
+        # entry per sampled mask, kept for ever on ranks that have no writer.
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.VIS_PERIOD = 0
+        return super().build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -60,6 +71,7 @@ class Trainer(DefaultTrainer):
         )
         self._watch = BatchWatch(self.model)
         self._ema = None
+        self._restored = False
         own: list[HookBase] = [StepSeeds()]
         if self.cfg.SOLVER.EMA.ENABLED:
             # Before Detectron2's hooks, so that checkpoints hold the average after their step.
@@ -76,8 +88,14 @@ class Trainer(DefaultTrainer):
             return type(self).test(cfg, model)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; a resumed run goes on with the data its checkpoint would have seen."""
+        """As Detectron2's; a resumed run goes on with the data its checkpoint would have seen.
+
+        Raises:
+            CheckpointError: there is a checkpoint to resume from, and it cannot be.
+        """
         super().resume_or_load(resume)
+        if resume and self.checkpointer.has_checkpoint() and not self._restored:
+            raise CheckpointError(f"the last checkpoint holds weights alone: {_INSTEAD}")
         self.data_loader.start_iteration = self.start_iter
 
     def run_step(self) -> None:
@@ -98,6 +116,7 @@ class Trainer(DefaultTrainer):
         state = super().state_dict()
         # Detectron2 0.5 forgets the optimizer.
         state["_trainer"] = self._trainer.state_dict()
+        state["optimizer_class"] = _class_name(self._trainer.optimizer)
         state["seed"] = self.seed
         return state
 
@@ -110,14 +129,25 @@ class Trainer(DefaultTrainer):
         if "_trainer" not in state or "seed" not in state:
             raise CheckpointError(
                 "the checkpoint was not written by unseg's trainer, so the run cannot be resumed "
-                "exactly: train without --resume and pass the file as MODEL.WEIGHTS"
+                f"exactly: {_INSTEAD}"
+            )
+        ours = _class_name(self._trainer.optimizer)
+        theirs = state.get("optimizer_class", ours)
+        if ours != theirs:  # SGD accepts AdamW's state and fails in its first step
+            raise CheckpointError(
+                f"the checkpoint's optimizer is {theirs}, the config's is {ours}: {_INSTEAD}"
             )
         try:
             super().load_state_dict(state)
             self._trainer.load_state_dict(state["_trainer"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(
-                f"the checkpoint's optimizer or hooks do not fit this config ({error}): train "
-                "without --resume and pass the file as MODEL.WEIGHTS"
+                f"the checkpoint's optimizer or hooks do not fit this config ({error}): {_INSTEAD}"
             ) from error
         self.data_loader.seed = state["seed"]
+        self._restored = True
+
+
+def _class_name(optimizer: torch.optim.Optimizer) -> str:
+    """Clipping may be switched on or off in a resumed run: Detectron2 makes it another class."""
+    return type(optimizer).__name__.removesuffix("WithGradientClip")

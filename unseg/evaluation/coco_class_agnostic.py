@@ -9,6 +9,8 @@ as errors: AR is the more trustworthy number there.
 import json
 import logging
 import os
+import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +31,11 @@ from unseg.evaluation.coco_api import (
     evaluate_class_agnostic,
     fastest_implementation,
 )
-from unseg.evaluation.coco_records import Annotation, dataset_ground_truth, has_masks
+from unseg.evaluation.coco_records import (
+    Annotation,
+    dataset_ground_truth,
+    tasks_of_ground_truth,
+)
 from unseg.layers.packed_masks import PackedMasks
 from unseg.structures import encode_masks
 
@@ -38,10 +44,22 @@ logger = logging.getLogger(__name__)
 RESULTS_FILE = "coco_instances_results.json"
 
 
+def as_file_name(dataset_name: str) -> str:
+    """A data set's name as the name of a file or folder.
+
+    Names may be ``/data/x.json@/data/images``. What changes gets a checksum of the whole name, so
+    that two names stay two.
+    """
+    safe = re.sub(r"[^\w.-]+", "_", dataset_name).lstrip(".")[-100:]
+    return safe if safe == dataset_name else f"{safe}-{zlib.crc32(dataset_name.encode()):08x}"
+
+
 def output_folder(cfg: CfgNode, dataset_name: str) -> str:
     """``OUTPUT_DIR/inference``, with a folder per dataset where there are several."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    return folder if len(cfg.DATASETS.TEST) < 2 else os.path.join(folder, dataset_name)
+    return (
+        folder if len(cfg.DATASETS.TEST) < 2 else os.path.join(folder, as_file_name(dataset_name))
+    )
 
 
 def _encode(masks: Any, image_id: Any) -> list[dict[str, Any]]:
@@ -253,16 +271,9 @@ class ClassAgnosticCOCOEvaluator(DatasetEvaluator):
         """`tasks`, or what predictions and ground truth have."""
         if self._tasks is not None:
             return self._tasks
-        annotations = self._ground_truth["annotations"]
-        if saw_masks and not has_masks(annotations):
-            without = sum(not a.get("segmentation") for a in annotations)
-            logger.warning(
-                "masks are not evaluated: %d of %d objects of %s have boxes only",
-                without,
-                len(annotations),
-                self._name,
-            )
-        return ("bbox", "segm") if saw_masks and has_masks(annotations) else ("bbox",)
+        if not saw_masks:
+            return ("bbox",)
+        return tasks_of_ground_truth(self._ground_truth["annotations"], self._name)
 
     def _write(self, results: list[Annotation]) -> None:
         if not self._output_dir:

@@ -51,7 +51,8 @@ def to_rle(segmentation: Any, height: int | None, width: int | None, where: str)
         where: names the annotation in errors.
 
     Raises:
-        ValueError: polygons for an image of unknown size, or an encoding of another size.
+        ValueError: polygons for an image of unknown size, none of three points, or an encoding of
+            another size.
     """
     if isinstance(segmentation, dict):
         size = list(segmentation["size"])
@@ -62,12 +63,28 @@ def to_rle(segmentation: Any, height: int | None, width: int | None, where: str)
         return segmentation
     if height is None:
         raise ValueError(f"{where}: polygons need the height and width of their image")
-    return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
+    # Shorter ones have no pixels, but if one comes first pycocotools takes all of them for boxes.
+    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+    if not polygons:
+        raise ValueError(f"{where}: no polygon has three points")
+    return mask_util.merge(mask_util.frPyObjects(polygons, height, width))
 
 
-def has_masks(annotations: Iterable[Annotation]) -> bool:
-    """Whether all annotations have a segmentation."""
-    return all(annotation.get("segmentation") for annotation in annotations)
+def tasks_of_ground_truth(annotations: Sequence[Annotation], name: str) -> tuple[str, ...]:
+    """("bbox", "segm"), or ("bbox",) with a warning if some object of data set `name` has no mask.
+
+    Masks of a part of the objects are not evaluated: found objects of the rest would be errors.
+    """
+    without = sum(not annotation.get("segmentation") for annotation in annotations)
+    if not without:
+        return ("bbox", "segm")
+    logger.warning(
+        "masks are not evaluated: %d of %d objects of %s have boxes only",
+        without,
+        len(annotations),
+        name,
+    )
+    return ("bbox",)
 
 
 def _by_category(annotations: Iterable[Annotation]) -> list[Annotation]:
@@ -212,10 +229,10 @@ def coco_from_dataset_dicts(dataset_dicts: Sequence[dict[str, Any]]) -> dict[str
 def dataset_ground_truth(dataset_name: str) -> tuple[dict[str, Any], str]:
     """The content of a COCO file for a registered dataset, class-aware or not, and its origin.
 
-    The dataset dicts are the ground truth. Detectron2's own loaders drop the areas by which COCO
-    defines sizes (they are areas of polygons, not of pixels), so for dicts without areas the
-    annotations of their images are read from ``metadata.json_file`` where there is one. Nothing is
-    cached on disk: a cache named after the dataset goes stale.
+    The dataset dicts are the ground truth, whatever their files hold besides. Detectron2's own
+    loaders drop the areas by which COCO defines sizes (they are areas of polygons, not of pixels),
+    so areas that the dicts lack are looked up in ``metadata.json_file`` where there is one. Nothing
+    is cached on disk: a cache named after the dataset goes stale.
 
     Returns:
         COCO content, and the annotation file or folder as the metadata name it, else the name.
@@ -229,16 +246,40 @@ def dataset_ground_truth(dataset_name: str) -> tuple[dict[str, Any], str]:
     origins = (metadata.get(key) for key in _ORIGINS)
     origin = next((str(found) for found in origins if found), dataset_name)
     if json_file and any("area" not in annotation for annotation in coco["annotations"]):
-        coco["annotations"] = _annotations_from_json(json_file, coco)
+        _add_areas(coco["annotations"], json_file)
     return coco, origin
 
 
-def _annotations_from_json(json_file: str, coco: dict[str, Any]) -> list[Annotation]:
-    """The file's annotations of the images of `coco`, if the file knows all of these images."""
+def _add_areas(annotations: list[Annotation], json_file: str) -> None:
+    """Give annotations without an area the one that the file has for the same image and box.
+
+    Objects of one box in one image get their areas in the order of the file, which Detectron2's
+    loaders keep. For annotations that the file does not have there is one warning.
+    """
     with PathManager.open(json_file) as file:
         content = json.load(file)
-    wanted = {image["id"] for image in coco["images"]}
-    if not wanted <= {image["id"] for image in content.get("images", [])}:
-        logger.warning("%s does not list all images of the dataset: not used", json_file)
-        return coco["annotations"]
-    return [a for a in content.get("annotations", []) if a["image_id"] in wanted]
+    areas: dict[Hashable, list[float]] = {}
+    for annotation in reversed(content.get("annotations", [])):
+        if annotation.get("area") is not None and annotation.get("bbox"):
+            areas.setdefault(_place(annotation), []).append(annotation["area"])
+    missing = 0
+    for annotation in annotations:
+        if "area" in annotation:
+            continue
+        found = areas.get(_place(annotation)) if "bbox" in annotation else None
+        if found:
+            annotation["area"] = found.pop()
+        else:
+            missing += 1
+    if missing:
+        logger.warning(
+            "%d of %d objects have no area, and %s does not have them: their sizes are by pixels",
+            missing,
+            len(annotations),
+            json_file,
+        )
+
+
+def _place(annotation: Annotation) -> Hashable:
+    # Rounded, because a loader may have gone through corners (or float32) and back.
+    return annotation["image_id"], tuple(round(float(x), 2) for x in annotation["bbox"])

@@ -1,13 +1,16 @@
 """Detectron2's class-aware evaluators under their own names in the EVALUATORS registry."""
 
+import os
+
 import detectron2.evaluation as detectron2_evaluation
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 
 from unseg.compat import detectron2_extension
 from unseg.evaluation.build import EVALUATORS
-from unseg.evaluation.coco_class_agnostic import output_folder
+from unseg.evaluation.coco_class_agnostic import as_file_name, output_folder
 
 
 def _refuse_one_class(cfg: CfgNode, dataset_name: str, evaluator: str) -> None:
@@ -22,14 +25,30 @@ def _refuse_one_class(cfg: CfgNode, dataset_name: str, evaluator: str) -> None:
 
 @EVALUATORS.register()
 def COCOEvaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:  # noqa: N802
-    """Detectron2's COCOEvaluator, for class-aware models."""
+    """Detectron2's COCOEvaluator, for class-aware models.
+
+    A data set that is not of a COCO file is written as one to the output folder, anew each time.
+    """
     _refuse_one_class(cfg, dataset_name, "COCOEvaluator")
-    return detectron2_evaluation.COCOEvaluator(
-        dataset_name,
-        output_dir=output_folder(cfg, dataset_name),
-        # Detectron2 0.5 without its C++ extension crashes on the first prediction otherwise.
-        use_fast_impl=hasattr(detectron2_extension(), "COCOevalEvaluateImages"),
-    )
+    folder = output_folder(cfg, dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    converted = metadata.get("json_file") is None
+    if converted:
+        # The evaluator would do this itself, but take a file of an earlier run if there is one, and
+        # put the data set's name, slashes and all, into the path.
+        path = os.path.join(folder, f"{as_file_name(dataset_name)}_coco_format.json")
+        convert_to_coco_json(dataset_name, path, allow_cached=False)
+        metadata.json_file = path
+    try:
+        return detectron2_evaluation.COCOEvaluator(
+            dataset_name,
+            output_dir=folder,
+            # Detectron2 0.5 without its C++ extension crashes on the first prediction otherwise.
+            use_fast_impl=hasattr(detectron2_extension(), "COCOevalEvaluateImages"),
+        )
+    finally:
+        if converted:  # the file has been read; others must not take it for the data set's own
+            del metadata.json_file
 
 
 @EVALUATORS.register()

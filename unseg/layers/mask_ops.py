@@ -313,10 +313,11 @@ def _same_device(first: Masks, first_name: str, second: Masks, second_name: str)
 def _falling(scores: Tensor) -> Tensor:
     """Indices by falling score, equal ones in input order, NaN last.
 
-    The negated scores rise, and torch sorts NaN above all numbers. 0 - x also makes one zero of the
-    two, which a radix sort might tell apart.
+    The negated scores rise, and torch sorts NaN above all numbers, but on GPUs only NaN without a
+    sign. 0 - x also makes one zero of the two, which a radix sort might tell apart.
     """
-    return torch.sort(0.0 - scores, stable=True).indices
+    keys = 0.0 - scores
+    return torch.sort(torch.where(keys.isnan(), math.nan, keys), stable=True).indices
 
 
 def _operand(masks: Masks) -> tuple[Tensor, Tensor | None]:

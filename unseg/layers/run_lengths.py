@@ -47,52 +47,70 @@ def decode(data: Tensor, offsets: Tensor, size: tuple[int, int]) -> Tensor:
         ValueError: runs that are malformed or do not add up to H x W.
     """
     height, width = size
-    bounds = offsets.tolist()
-    dense = np.zeros((len(bounds) - 1, width * height), bool)
-    for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:])):
-        piece = data[begin:end].numpy()
-        runs = parse(piece, n) if piece.dtype == np.uint8 else piece
-        if (runs < 0).any() or int(runs.sum()) != height * width:
-            raise ValueError(
-                f"masks: the run lengths of RLE {n} are malformed or do not add up to "
-                f"{height} x {width} pixels"
-            )
-        dense[n] = np.repeat((np.arange(len(runs)) & 1).astype(bool), runs)
+    dense = np.zeros((len(offsets) - 1, width * height), bool)
+    if data.dtype == torch.uint8:
+        runs, starts, well_formed = parse(data.numpy(), offsets.numpy())
+    else:
+        runs, starts, well_formed = data.numpy(), offsets.numpy(), np.ones(len(dense), bool)
+    for n, row in enumerate(dense):
+        own = runs[starts[n] : starts[n + 1]]
+        if not well_formed[n] or (own < 0).any() or int(own.sum()) != height * width:
+            raise _malformed(n, f" or do not add up to {height} x {width} pixels")
+        row[:] = np.repeat((np.arange(len(own)) & 1).astype(bool), own)
     return torch.from_numpy(dense.reshape(len(dense), width, height))
 
 
-def parse(text: np.ndarray, n: int = 0) -> np.ndarray:
-    """The runs of one compressed string, int64.
+def parse(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The runs of compressed strings, all strings at once.
 
-    Five bits a character, from ``chr(48)`` up; bit 5 says that more follow and the last character
-    carries the sign. From the fourth run on, the difference to the last run but one is stored.
+    Five bits a character, from ``chr(48)`` up, low bits first; bit 5 says that more follow and the
+    top bit of the last character is the sign. From the fourth run on, the difference to the last
+    run but one is stored.
 
     Args:
-        text: uint8 characters.
-        n: number of the mask, for messages.
+        text: uint8 ``(L,)``, characters of all strings.
+        offsets: int64 ``(N + 1,)``: string n is ``text[offsets[n]:offsets[n + 1]]``.
 
-    Raises:
-        ValueError: a character out of range, a string that ends early, a negative or huge run.
+    Returns:
+        runs int64 ``(R,)``; starts int64 ``(N + 1,)``: those of string n are
+        ``runs[starts[n]:starts[n + 1]]``; and well formed, bool ``(N,)``: False where a character
+        is out of range, a number is unfinished or has more than 40 bits, or a run is negative or
+        longer than an image can be. Such a string's runs mean nothing.
     """
-    error = ValueError(f"masks: the run lengths of RLE {n} are malformed")
-    pieces = text.astype(np.int64) - 48
-    if pieces.size and (pieces.min() < 0 or pieces.max() > 63 or pieces[-1] & 32):
-        raise error
-    runs: list[int] = []
-    value = shift = 0
-    for piece in pieces.tolist():
-        value |= (piece & 31) << shift
-        shift += 5
-        if piece & 32:
-            continue
-        if piece & 16:
-            value -= 1 << shift
-        run = value + (runs[-2] if len(runs) > 2 else 0)
-        if not 0 <= run <= MAX_PIXELS:
-            raise error
-        runs.append(run)
-        value = shift = 0
-    return np.array(runs, np.int64)
+    count = len(offsets) - 1
+    well_formed = np.ones(count, bool)
+    if len(text) == 0:
+        return np.zeros(0, np.int64), np.zeros(count + 1, np.int64), well_formed
+    codes = text.astype(np.int64) - 48
+    owner = np.repeat(np.arange(count), np.diff(offsets))
+    well_formed[owner[(codes < 0) | (codes > 63)]] = False
+    is_last = (codes & 32) == 0
+    tails = offsets[1:][np.diff(offsets) > 0] - 1
+    well_formed[owner[tails[~is_last[tails]]]] = False
+    is_last[tails] = True  # what is wrong with a string stays in it
+    ends = np.flatnonzero(is_last)
+    owner = owner[ends]
+    begins = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - begins + 1
+    well_formed[owner[lengths > 8]] = False
+    place = np.minimum(np.arange(len(codes)) - np.repeat(begins, lengths), 8)
+    runs = np.add.reduceat((codes & 31) << (5 * place), begins)
+    runs -= ((codes[ends] & 16) > 0) * (np.int64(1) << (5 * np.minimum(lengths, 8)))
+    starts = np.searchsorted(owner, np.arange(count + 1))
+    # Undo the differences: runs 2, 4, 6, ... and 1, 3, 5, ... of a string are running sums.
+    number = np.arange(len(runs)) - starts[owner]
+    for first in (1, 2):
+        chain = np.flatnonzero((number >= first) & ((number - first) % 2 == 0))
+        sums = np.cumsum(runs[chain])
+        heads = np.flatnonzero(number[chain] == first)
+        before = np.repeat(sums[heads] - runs[chain[heads]], np.diff([*heads, len(chain)]))
+        runs[chain] = sums - before
+    well_formed[owner[(runs < 0) | (runs > MAX_PIXELS)]] = False
+    return runs, starts, well_formed
+
+
+def _malformed(n: int, why: str = "") -> ValueError:
+    return ValueError(f"masks: the run lengths of RLE {n} are malformed{why}")
 
 
 def _common_size(masks: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
@@ -112,15 +130,23 @@ def _common_size(masks: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     return height, width
 
 
+def to_bytes(counts: str | bytes) -> bytes:
+    """The characters of a compressed string; what is not ASCII becomes what no string may hold."""
+    return counts.encode("ascii", "xmlcharrefreplace") if isinstance(counts, str) else counts
+
+
 def _characters(counts: str | bytes) -> np.ndarray:
-    raw = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
-    return np.frombuffer(raw, np.uint8)
+    return np.frombuffer(to_bytes(counts), np.uint8)
 
 
 def _runs(counts: Any, n: int) -> np.ndarray:
     """The runs of mask n as int64, from a string or from a list of numbers."""
     if isinstance(counts, str | bytes):
-        return parse(_characters(counts), n)
+        text = _characters(counts)
+        runs, _, well_formed = parse(text, np.array([0, len(text)]))
+        if not well_formed.all():
+            raise _malformed(n)
+        return runs
     runs = np.asarray(counts)
     if runs.size == 0:
         return np.zeros(0, np.int64)

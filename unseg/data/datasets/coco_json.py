@@ -58,7 +58,16 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def url_file_name(image: dict[str, Any]) -> str:
-    """``val2017/000000000139.jpg`` from ``coco_url``: LVIS images come from several COCO splits."""
+    """``val2017/000000000139.jpg`` from ``coco_url``: LVIS images come from several COCO splits.
+
+    Raises:
+        ValueError: the image has no ``coco_url``.
+    """
+    if not image.get("coco_url"):
+        raise ValueError(
+            f"image {image.get('id')} has no coco_url to be named by: only LVIS files have it "
+            "(file_name_from_url, or --file-name-from-url)"
+        )
     return str(PurePosixPath(*PurePosixPath(image["coco_url"]).parts[-2:]))
 
 
@@ -77,7 +86,7 @@ def merge_categories(
         are about categories are left out.
 
     Raises:
-        ValueError: an annotation without a box.
+        ValueError: an annotation without a box, or an image without the URL that is to name it.
     """
     dropped = {"category_id", "neg_category_ids", "not_exhaustive_category_ids"}
     images = [{k: v for k, v in i.items() if k not in dropped} for i in content["images"]]
@@ -131,7 +140,9 @@ def load_class_agnostic_json(
 
     Annotations have, beside Detectron2's standard fields, ``area`` (pixels, as in the file) and
     ``iscrowd``. A file without annotations (image_info_unlabeled2017.json) gives dicts with none:
-    set ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` to False to keep them in training.
+    set ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` to False to keep them in training. Annotations
+    without a valid polygon (see :func:`dataset_annotation`) or of unlisted images are left out with
+    a warning that counts them.
 
     Args:
         json_file: path of the file.
@@ -140,19 +151,16 @@ def load_class_agnostic_json(
     """
     content = merge_categories(read_json(json_file), file_name_from_url=file_name_from_url)
     by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
-    invalid = 0
+    invalid = unlisted = 0
     for annotation in content["annotations"]:
         prepared = dataset_annotation(annotation)
-        if prepared is None or annotation["image_id"] not in by_image:
+        if annotation["image_id"] not in by_image:
+            unlisted += 1
+        elif prepared is None:
             invalid += 1
-            continue
-        by_image[annotation["image_id"]].append(prepared)
-    if invalid:
-        logger.warning(
-            "%s: %d annotations left out (no valid polygon, or of unlisted images)",
-            json_file,
-            invalid,
-        )
+        else:
+            by_image[annotation["image_id"]].append(prepared)
+    warn_left_out(json_file, invalid, unlisted)
     return [
         {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -165,11 +173,25 @@ def load_class_agnostic_json(
     ]
 
 
+def warn_left_out(json_file: str | os.PathLike, invalid: int, unlisted: int = 0) -> None:
+    """Say how many annotations of a file were left out and why, if any were."""
+    if invalid or unlisted:
+        logger.warning(
+            "%s: annotations left out: %d without a valid polygon, %d of unlisted images",
+            json_file,
+            invalid,
+            unlisted,
+        )
+
+
 def dataset_annotation(annotation: dict[str, Any]) -> dict[str, Any] | None:
     """One COCO annotation as in Detectron2's dataset dicts, class 0; None if its mask is invalid.
 
-    Uncompressed run-length encodings are compressed. Polygons of less than three points are left
-    out; they would stop Detectron2's mappers.
+    Uncompressed run-length encodings are compressed. The rule for polygons is that of Detectron2's
+    loader, so that `coco_2017_val` and our registrations of the same file hold the same objects:
+    polygons of less than three points are left out (they have no pixels, and would stop the
+    mappers), and so is an object that has no other polygon, box included: its mask is unknown, and
+    pycocotools raises a TypeError for it. An object that has no segmentation at all keeps its box.
     """
     result = {
         "bbox": annotation["bbox"],

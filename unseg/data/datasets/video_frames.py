@@ -5,7 +5,7 @@ from typing import Any
 
 from pycocotools import mask as mask_util
 
-from unseg.data.datasets.coco_json import dataset_annotation, read_json
+from unseg.data.datasets.coco_json import dataset_annotation, read_json, warn_left_out
 
 
 def load_class_agnostic_frames(
@@ -15,8 +15,9 @@ def load_class_agnostic_frames(
 
     ``videos`` have id, width, height and file_names; ``annotations`` have video_id and per frame
     ``segmentations``, and optionally ``bboxes`` and ``areas``, with None where the object is not
-    to be seen. Frames are numbered from 1 in the order of video ids and times. Records have
-    ``video_id`` and ``frame`` (from 0) besides the standard fields.
+    to be seen. Masks without a valid polygon are left out with a warning that counts them. Frames
+    are numbered from 1 in the order of video ids and times. Records have ``video_id`` and ``frame``
+    (from 0) besides the standard fields.
 
     Args:
         json_file: path of the file.
@@ -34,8 +35,12 @@ def load_class_agnostic_frames(
     for track in sorted(content.get("annotations") or [], key=lambda a: a.get("category_id") or 0):
         tracks[track["video_id"]].append(track)
     records: list[dict[str, Any]] = []
+    invalid = 0
     for video in sorted(content["videos"], key=lambda video: video["id"]):
         for frame, file_name in enumerate(video["file_names"]):
+            objects = _objects(tracks[video["id"]], frame, video)
+            valid = [annotation for annotation in objects if annotation is not None]
+            invalid += len(objects) - len(valid)
             records.append(
                 {
                     "file_name": os.path.join(image_root, file_name),
@@ -44,16 +49,17 @@ def load_class_agnostic_frames(
                     "width": video["width"],
                     "video_id": video["id"],
                     "frame": frame,
-                    "annotations": _objects(tracks[video["id"]], frame, video),
+                    "annotations": valid,
                 }
             )
+    warn_left_out(json_file, invalid)
     return records
 
 
 def _objects(
     tracks: list[dict[str, Any]], frame: int, video: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Annotations of the objects to be seen in one frame."""
+) -> list[dict[str, Any] | None]:
+    """Annotations of the objects to be seen in one frame, None for those of invalid polygons."""
     length = len(video["file_names"])
     objects = []
     for track in tracks:
@@ -66,15 +72,18 @@ def _objects(
         if not mask:
             continue
         boxes, areas = track.get("bboxes"), track.get("areas")
-        annotation = {
-            "segmentation": mask,
-            "iscrowd": track.get("iscrowd", 0),
-            "bbox": (boxes and boxes[frame]) or tight_box(mask, video["height"], video["width"]),
-            "area": areas[frame] if areas else None,
-        }
-        found = dataset_annotation(annotation)
-        if found is not None:
-            objects.append(found)
+        annotation = dataset_annotation(
+            {
+                "segmentation": mask,
+                "iscrowd": track.get("iscrowd", 0),
+                "bbox": boxes and boxes[frame],
+                "area": areas[frame] if areas else None,
+            }
+        )
+        if annotation is not None and not annotation["bbox"]:
+            mask = annotation["segmentation"]
+            annotation["bbox"] = tight_box(mask, video["height"], video["width"])
+        objects.append(annotation)
     return objects
 
 

@@ -11,7 +11,8 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances
 
-from unseg.data.image import read_image
+from unseg.data.image import ImageReadError, read_image
+from unseg.data.mappers.augmentation import build_augmentations
 from unseg.data.mappers.registry import MAPPERS
 
 _USED_FIELDS = ("bbox", "bbox_mode", "segmentation", "category_id")
@@ -24,7 +25,7 @@ class InstanceMapper:
     Differs from ``detectron2.data.DatasetMapper`` in reading every kind of image (see
     :func:`unseg.data.image.read_image`), in accepting run-length encoded masks whatever
     ``INPUT.MASK_FORMAT`` says, and in boxes that are always recomputed from the transformed masks
-    (pseudo-masks have no boxes of their own).
+    (pseudo-masks have no boxes of their own). Keypoints are not supported.
     """
 
     @configurable
@@ -36,6 +37,7 @@ class InstanceMapper:
         image_format: str = "RGB",
         with_masks: bool = True,
         class_agnostic: bool = False,
+        proposal_topk: int | None = None,
     ):
         """
         Args:
@@ -44,24 +46,31 @@ class InstanceMapper:
             image_format: "RGB" or "BGR".
             with_masks: give ``instances`` the field ``gt_masks`` (BitMasks).
             class_agnostic: every category becomes 0.
+            proposal_topk: give at most so many of the precomputed proposals as ``proposals``;
+                None: there are none.
         """
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.with_masks = with_masks
         self.class_agnostic = class_agnostic
+        self.proposal_topk = proposal_topk
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
-        augmentations = detection_utils.build_augmentation(cfg, is_train)
-        if cfg.INPUT.CROP.ENABLED and is_train:
-            augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+        if cfg.MODEL.KEYPOINT_ON:
+            raise ValueError("MODEL.KEYPOINT_ON: InstanceMapper gives no keypoints")
+        topk = None
+        if cfg.MODEL.LOAD_PROPOSALS:
+            split = "TRAIN" if is_train else "TEST"
+            topk = cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"]
         return {
             "is_train": is_train,
-            "augmentations": augmentations,
+            "augmentations": build_augmentations(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
             "with_masks": cfg.MODEL.MASK_ON,
             "class_agnostic": cfg.INPUT.CLASS_AGNOSTIC,
+            "proposal_topk": topk,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -71,21 +80,32 @@ class InstanceMapper:
 
         Returns:
             a copy with ``image`` (3, H, W) uint8 and, in training, ``instances`` with gt_boxes,
-            gt_classes and gt_masks instead of ``annotations``.
+            gt_classes and gt_masks instead of ``annotations``, and ``sem_seg`` (H, W) int64
+            if the dict names a ``sem_seg_file_name``.
 
         Raises:
-            ImageReadError: the image cannot be read.
+            ImageReadError: the image (or the semantic segmentation) cannot be read.
             SizeMismatchError: its size is not the one in the dict.
-            ValueError: masks are wanted and an annotation has none.
+            ValueError: masks are wanted and an annotation has none, or the semantic segmentation
+                is of another size.
         """
         dataset_dict = copy.copy(dataset_dict)
         annotations = dataset_dict.pop("annotations", [])
         image = read_image(dataset_dict["file_name"], self.image_format)
         detection_utils.check_image_size(dataset_dict, image)
-        augmented = T.AugInput(image)
+        semantic = None
+        if self.is_train and "sem_seg_file_name" in dataset_dict:
+            semantic = _read_semantic(dataset_dict.pop("sem_seg_file_name"), image.shape[:2])
+        augmented = T.AugInput(image, sem_seg=semantic)
         transforms = self.augmentations(augmented)
         image = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
         dataset_dict["image"] = torch.from_numpy(image)
+        if semantic is not None:
+            dataset_dict["sem_seg"] = torch.from_numpy(augmented.sem_seg.astype(np.int64))
+        if self.proposal_topk is not None:
+            detection_utils.transform_proposals(
+                dataset_dict, image.shape[1:], transforms, proposal_topk=self.proposal_topk
+            )
         if self.is_train:
             try:
                 instances = self._instances(annotations, transforms, image.shape[1:])
@@ -121,3 +141,14 @@ class InstanceMapper:
         if not self.with_masks and instances.has("gt_masks"):
             instances.remove("gt_masks")
         return instances
+
+
+def _read_semantic(file_name: str, size: tuple[int, int]) -> np.ndarray:
+    """Label map (H, W) uint8 of an image of that size."""
+    try:
+        labels = detection_utils.read_image(file_name, "L").squeeze(2)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageReadError(f"{file_name}: cannot be read as an image: {error}") from error
+    if labels.shape != size:
+        raise ValueError(f"{file_name}: its size is {labels.shape}, that of its image is {size}")
+    return labels

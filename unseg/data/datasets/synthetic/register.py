@@ -57,7 +57,8 @@ def register_synthetic(
 
     name: the dataset's name, of letters, digits and "_.-". preset: a preset's name or settings.
     style: see `SceneSet`; by default what suits the preset. The same call again does nothing.
-    Raises ValueError for a name that is taken and for arguments that make no set.
+    Raises ValueError for a name that is taken, as a dataset's or (like "train") as the folder of a
+    built-in set's images, and for arguments that make no set.
     """
     if not re.fullmatch(r"[\w.-]+", name):
         raise ValueError(f"name: letters, digits and '_.-' only, got {name!r}")
@@ -88,6 +89,14 @@ def _register(name: str, scenes: SceneSet) -> None:
         return
     if name in DatasetCatalog.list():
         raise ValueError(f"dataset {name!r} is already registered with other contents")
+    for other, taken in _REGISTERED.items():
+        # The images of a split are one folder of URIs: its data sets must show the same scenes.
+        same_folder = taken.split == scenes.split and other in DatasetCatalog.list()
+        if same_folder and replace(taken, style=scenes.style) != scenes:
+            raise ValueError(
+                f"{PREFIX}{scenes.split}/ holds the images of {other!r}: choose another name "
+                f"than {name!r}"
+            )
     PathManager.register_handler(_HANDLER)
     _HANDLER.sets[scenes.split] = scenes
     _REGISTERED[name] = scenes

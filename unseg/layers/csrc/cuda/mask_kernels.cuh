@@ -22,6 +22,7 @@ constexpr int kEach = 4;       // each of which has kEach x kEach pairs
 constexpr int kStage = 32;     // words of each mask held in shared memory at a time
 constexpr int kPackThreads = 512;
 constexpr int kPackSteps = 8;  // pieces of 32 pixels that a warp has in flight
+constexpr int kGridRows = 65535;  // the most blocks that a grid may have in y
 
 // N packed masks, visited in `order` if it is not null.
 struct View {
@@ -154,23 +155,24 @@ __device__ inline void load_stage(const View& v, int i0, int start, int begin, i
   }
 }
 
-// Grid (tiles of b, tiles of a), block (kSide, kSide). A thread has masks y + kSide * r of the tile
-// of `a` and x + kSide * c of that of `b`. With Visitor::kTriangle a and b are the same set, only
-// pairs i < j count, and tiles below the diagonal are left out.
+// Grid (tiles of b, up to kGridRows tiles of a, the first one with number `row`), block
+// (kSide, kSide). A thread has masks y + kSide * r of the tile of `a` and x + kSide * c of that of
+// `b`. With Visitor::kTriangle a and b are the same set, only pairs i < j count, and tiles below
+// the diagonal are left out.
 //
 // Visitor: wants(a, b, i, j, limit) says whether a pair with at most `limit` common pixels matters;
 // visit(a, b, i, j, row, column, inter, scratch) takes a count; finish(i0, j0, thread, scratch)
 // ends the tile. `scratch` is kTile words of shared memory that start as Visitor::kInitial.
 template <typename Visitor>
-__global__ void pair_kernel(View a, View b, Visitor visitor) {
+__global__ void pair_kernel(View a, View b, Visitor visitor, int row) {
   __shared__ Word left[kTile][kStage + 1];
   __shared__ Word right[kTile][kStage + 1];
   __shared__ Brief rows[kTile];
   __shared__ Brief columns[kTile];
   __shared__ Word scratch[kTile];
   __shared__ int window[4];  // first and last + 1 word of the rows, and of the columns
-  if (Visitor::kTriangle && blockIdx.x < blockIdx.y) return;
-  const int i0 = blockIdx.y * kTile, j0 = blockIdx.x * kTile;
+  const int i0 = (row + blockIdx.y) * kTile, j0 = blockIdx.x * kTile;
+  if (Visitor::kTriangle && j0 < i0) return;
   const int x = threadIdx.x, y = threadIdx.y, thread = y * kSide + x;
   if (thread < 4) window[thread] = thread % 2 == 0 ? INT32_MAX : 0;
   __syncthreads();
@@ -269,9 +271,9 @@ struct StoreOverlap {
   __device__ void finish(int, int, int, Word*) const {}
 };
 
-// Sets bit j % 64 of word j / 64 of row i iff mask i suppresses mask j: Word (count, blocks), zeroed
-// before. Bounds decide as the overlaps themselves do: a rounded quotient never falls when its
-// numerator grows.
+// Sets bit j % 64 of word j / 64 of row i iff mask i suppresses mask j: Word (count, blocks),
+// zeroed before. Bounds decide as the overlaps themselves do: a rounded quotient never falls when
+// its numerator grows.
 struct SuppressionBits {
   static constexpr bool kTriangle = true, kVisitsAll = false;
   static constexpr Word kInitial = 0;

@@ -5,6 +5,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -113,10 +114,13 @@ View view_of(const Packed& packed, const int64_t* labels, const int64_t* order) 
 template <typename Visitor>
 void launch_pairs(const View& a, const View& b, const Visitor& visitor) {
   if (a.count == 0 || b.count == 0) return;
-  const dim3 grid((b.count + kTile - 1) / kTile, (a.count + kTile - 1) / kTile);
-  pair_kernel<Visitor><<<grid, dim3(kSide, kSide), 0, at::cuda::getCurrentCUDAStream()>>>(
-      a, b, visitor);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const int columns = (b.count + kTile - 1) / kTile, rows = (a.count + kTile - 1) / kTile;
+  for (int row = 0; row < rows; row += kGridRows) {
+    const dim3 grid(columns, std::min(rows - row, kGridRows));
+    pair_kernel<Visitor><<<grid, dim3(kSide, kSide), 0, at::cuda::getCurrentCUDAStream()>>>(
+        a, b, visitor, row);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
 }
 
 // Scores as float64, and the indices by falling score: equal ones in input order, NaN last.
@@ -127,9 +131,12 @@ std::tuple<at::Tensor, at::Tensor> rank(const at::Tensor& scores, const Packed& 
                     "scores must have shape (", packed.count(), "), not ", scores.sizes());
   check_cuda(scores, packed.bits, "scores");
   const at::Tensor exact = scores.to(at::kDouble).contiguous();
-  // 0 - x rises where x falls, and has one zero, not two; sort puts NaN above all numbers.
+  // 0 - x rises where x falls, and has one zero, not two; sort puts NaN above all numbers, but on
+  // CUDA only without a sign (pytorch/pytorch#190781).
+  const at::Tensor keys = at::rsub(exact, 0.0);
+  keys.masked_fill_(keys.isnan(), std::numeric_limits<double>::quiet_NaN());
   const at::Tensor order =
-      std::get<1>(at::sort(at::rsub(exact, 0.0), /*stable=*/true, /*dim=*/0, /*descending=*/false));
+      std::get<1>(at::sort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false));
   return {exact, order.contiguous()};
 }
 
