@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
@@ -24,6 +23,7 @@ from PIL import Image
 from unseg.checkpoint import SafeCheckpointer
 from unseg.config import load_config
 from unseg.data.image import EXTENSIONS, read_image
+from unseg.data.mappers.augmentation import ResizeShortestEdge
 from unseg.engine.drawing import draw_instances
 
 logger = logging.getLogger("unseg.demo")
@@ -39,7 +39,7 @@ class Predictor:
         """
         self.model = build_model(cfg).eval()
         SafeCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
-        self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+        self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.image_format = cfg.INPUT.FORMAT
 
     @torch.no_grad()
@@ -51,11 +51,7 @@ class Predictor:
         """
         height, width = rgb.shape[:2]
         image = rgb if self.image_format == "RGB" else rgb[:, :, ::-1]
-        transform = self.resize.get_transform(image)
-        if isinstance(transform, T.ResizeTransform):
-            # Detectron2 rounds the short side of a very thin image to nothing.
-            transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
-        image = transform.apply_image(image)
+        image = self.resize.get_transform(image).apply_image(image)
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return self.model([{"image": tensor, "height": height, "width": width}])[0]
 
