@@ -170,7 +170,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "output/demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one training each")
-    parser.add_argument("--iterations", type=int, default=400, help="of each training")
+    parser.add_argument("--iterations", type=int, default=300, help="of each training")
     args = parser.parse_args()
     start = time.monotonic()
     output = args.output.resolve()

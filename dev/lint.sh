@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Style checks; --fix repairs what can be repaired.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=$(dev/setup.sh)
+dev=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=$("$dev/setup.sh")
+cd "$dev/.."
 if [[ "${1:-}" == "--fix" ]]; then
     "$python" -m ruff format . && exec "$python" -m ruff check --fix .
 fi
