@@ -157,12 +157,14 @@ def test_very_thin_images(tmp_path, size, is_train):
     }
     cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=(800,), INPUT__MAX_SIZE_TRAIN=1000)
     cfg.INPUT.MAX_SIZE_TEST = 1000
-    mapped = build_mapper(cfg, is_train)(record)
     expected = tuple(max(1, side // 3) for side in size)
-    assert mapped["image"].shape == (3, *expected)
-    if is_train:
-        assert mapped["instances"].gt_masks.tensor.shape == (1, *expected)
-        assert mapped["instances"].gt_masks.tensor.all()
+    for seed in range(6):  # flipped and not
+        with isolated_rng(seed):
+            mapped = build_mapper(cfg, is_train)(record)
+        assert mapped["image"].shape == (3, *expected)
+        if is_train:
+            assert mapped["instances"].gt_masks.tensor.shape == (1, *expected)
+            assert mapped["instances"].gt_masks.tensor.all()
 
 
 def test_resizing_is_detectron2s_for_other_images():

@@ -228,9 +228,7 @@ class PseudoMaskJob:
         """Open the work folder; see :meth:`WorkDir.open`. One process does this, before all."""
         self.work_dir.open(resume=resume)
 
-    def run(
-        self, model: nn.Module, units: Sequence[int] | None = None, *, name: str = "0"
-    ) -> None:
+    def run(self, model: nn.Module, units: Sequence[int] | None = None, *, name: str = "0") -> None:
         """Work through some units, by default all missing ones, as the process of that name.
 
         Needs :meth:`start` first.

@@ -98,8 +98,8 @@ class InstanceMapper:
             semantic = _read_semantic(dataset_dict.pop("sem_seg_file_name"), image.shape[:2])
         augmented = T.AugInput(image, sem_seg=semantic)
         transforms = self.augmentations(augmented)
-        image = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
-        dataset_dict["image"] = torch.from_numpy(image)
+        image = _unflipped(augmented.image).transpose(2, 0, 1)
+        dataset_dict["image"] = torch.from_numpy(np.ascontiguousarray(image))
         if semantic is not None:
             dataset_dict["sem_seg"] = torch.from_numpy(augmented.sem_seg.astype(np.int64))
         if self.proposal_topk is not None:
@@ -128,6 +128,9 @@ class InstanceMapper:
             for annotation in annotations
             if not annotation.get("iscrowd", 0)
         ]
+        for annotation in transformed:
+            if isinstance(annotation.get("segmentation"), np.ndarray):
+                annotation["segmentation"] = _unflipped(annotation["segmentation"])
         instances = detection_utils.annotations_to_instances(transformed, size, "bitmask")
         if instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
@@ -141,6 +144,12 @@ class InstanceMapper:
         if not self.with_masks and instances.has("gt_masks"):
             instances.remove("gt_masks")
         return instances
+
+
+def _unflipped(array: np.ndarray) -> np.ndarray:
+    """A copy, if strides are negative: torch refuses those, and numpy takes a flipped image of one
+    column for contiguous."""
+    return array.copy() if min(array.strides) < 0 else array
 
 
 def _read_semantic(file_name: str, size: tuple[int, int]) -> np.ndarray:
