@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Times say nothing on a busy machine.
+settings.register_profile("unseg", deadline=None)
+settings.load_profile("unseg")
 
 SUBSET_IMAGES = 150  # of the shared subset's val2017; COCO's own has 5000
 
