@@ -248,7 +248,7 @@ def matrix_decay(
     count = len(flat)
     flat = flat[order]
     labels = None if labels is None else labels[order]
-    area = _areas(flat)
+    area = torch.zeros(count, dtype=torch.float64, device=flat.device)  # known block by block
     remember = count * count * 4 <= KEPT_BYTES
     step = min(BLOCK, max(64, CHUNK // max(count, 1)))
     blocks = [slice(b, min(b + step, count)) for b in range(0, count, step)]
@@ -274,9 +274,14 @@ def matrix_decay(
 
 
 def _upper_iou(flat: Tensor, labels: Tensor | None, area: Tensor, columns: slice) -> Tensor:
-    """IoU of masks i before j for a block of columns j: float64 (columns.stop, n), 0 elsewhere."""
+    """IoU of masks i before j for a block of columns j: float64 (columns.stop, n), 0 elsewhere.
+
+    `area` must hold the areas of the masks before the block, and gets those of the block.
+    """
     rows = slice(0, columns.stop)
-    inter = intersections(flat[rows], flat[columns])
+    left = flat[rows]
+    inter = intersections(left, flat[columns] if columns.start else left)
+    area[columns] = inter[columns.start :].diagonal().double()
     u = _ratio(inter, area[rows], area[columns], MODES["iou"])
     if labels is not None:
         u *= labels[rows, None] == labels[None, columns]
