@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import settings
 
 # Times say nothing on a busy machine.
@@ -29,3 +30,20 @@ def shared_datasets() -> Path:
     if images != SUBSET_IMAGES:
         pytest.skip(f"{file} has {images} images: the tests are about a subset of {SUBSET_IMAGES}")
     return root
+
+
+@pytest.fixture
+def register():
+    """Registers dataset dicts, or a function that returns them, under a name for one test."""
+    names = []
+
+    def add(dicts, name="toy", **metadata):
+        DatasetCatalog.register(name, dicts if callable(dicts) else lambda: dicts)
+        MetadataCatalog.get(name).set(**metadata)
+        names.append(name)
+        return name
+
+    yield add
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

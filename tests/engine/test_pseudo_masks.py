@@ -313,3 +313,15 @@ def test_file_describes_its_origin(folder, tmp_path):
     info = json.loads((tmp_path / "x.json").read_text())["info"]["unseg"]
     assert info["settings"]["DISCOVERY"]["FREE_MASK"]["SCORE_THRESHOLD"] == 0.5
     assert info["settings"]["MODEL"]["BACKBONE"]["NAME"] == "build_filter_bank_backbone"
+
+
+def test_random_weights_are_not_taken_for_those_of_a_file(folder, tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"not even read")
+    output = tmp_path / "x.json"
+    done = subprocess.run(
+        [*command(folder, output, "--random-weights"), "MODEL.WEIGHTS", str(tmp_path / "w.pth")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(output.read_text())["info"]["unseg"]["weights"] == "random"

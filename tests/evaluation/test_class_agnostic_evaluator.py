@@ -25,23 +25,6 @@ from unseg.structures import encode_masks
 HEIGHT, WIDTH = 60, 80
 
 
-@pytest.fixture
-def register():
-    """Registers dataset dicts, or a function that returns them, under a name for one test."""
-    names = []
-
-    def add(dicts, name="toy", **metadata):
-        DatasetCatalog.register(name, dicts if callable(dicts) else lambda: dicts)
-        MetadataCatalog.get(name).set(**metadata)
-        names.append(name)
-        return name
-
-    yield add
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
 def rectangles(seed=0, count=4):
     """Masks (count, HEIGHT, WIDTH) bool and their boxes (count, 4) XYXY."""
     rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 from pycocotools import mask as mask_util
@@ -46,23 +46,6 @@ def ground_truth_records(scenes, rename=lambda name: name):
         )
         for d in scenes
     ]
-
-
-@pytest.fixture
-def register():
-    """Registers dataset dicts under a name for one test."""
-    names = []
-
-    def add(dicts, name="toy_tools"):
-        DatasetCatalog.register(name, lambda: dicts)
-        MetadataCatalog.get(name).set(evaluator_type="coco_class_agnostic")
-        names.append(name)
-        return name
-
-    yield add
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 def test_collect_env():
@@ -129,7 +112,7 @@ def test_masks_of_some_objects_are_not_evaluated(tmp_path, scenes, register, cap
     numbers = evaluate_file(str(tmp_path / "x.json"), register(dicts))
     assert list(numbers) == ["bbox"]
     assert numbers["bbox"]["AP"] == pytest.approx(100)
-    assert f"masks are not evaluated: 1 of {objects} objects of toy_tools" in caplog.text
+    assert f"masks are not evaluated: 1 of {objects} objects of toy" in caplog.text
 
 
 def test_masks_against_a_file_that_is_not_registered(tmp_path, scenes):
@@ -142,7 +125,7 @@ def test_masks_against_a_file_that_is_not_registered(tmp_path, scenes):
 def test_masks_against_images_without_annotations(tmp_path, scenes, register):
     dicts = small_file(tmp_path / "x.json", scenes)
     name = register([d | {"annotations": []} for d in dicts])
-    with pytest.raises(ValueError, match="'toy_tools'.* has no annotations"):
+    with pytest.raises(ValueError, match="'toy'.* has no annotations"):
         evaluate_file(str(tmp_path / "x.json"), name)
 
 
@@ -208,7 +191,7 @@ def test_boxes_are_drawn_where_there_are_no_masks():
 
 
 def test_data_sets_that_cannot_be_drawn(register):
-    with pytest.raises(ValueError, match="'toy_tools' has no images"):
+    with pytest.raises(ValueError, match="'toy' has no images"):
         choose_records(register([]), 3)
     with pytest.raises(ValueError, match="'unseg_synthetic_val_video' is not one of single images"):
         choose_records("unseg_synthetic_val_video", 3)

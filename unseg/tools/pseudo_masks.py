@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
     register_datasets_in_config(cfg)
     for name in ("unseg", "fvcore"):
         setup_logger(distributed_rank=comm.get_rank(), name=name)
-    job = PseudoMaskJob(cfg, image_source(cfg, args), args.output)
+    weights = "random" if args.random_weights else None  # the file must not claim other ones
+    job = PseudoMaskJob(cfg, image_source(cfg, args), args.output, weights=weights)
     independent = args.num_shards > 0
     if (args.resume or independent) and job.is_written():
         logger.info("%s is complete; delete it to find its masks again", args.output)
