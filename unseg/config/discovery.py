@@ -18,6 +18,8 @@ def add_discovery_config(cfg: CfgNode) -> None:
     cfg.DISCOVERY.BATCH_SIZE = 8
     cfg.DISCOVERY.SCORE_THRESHOLD = 0.0
     cfg.DISCOVERY.MAX_MASKS_PER_IMAGE = 100
+    # Only masks are written whose box is narrower than this fraction of the image; 0 is no limit.
+    cfg.DISCOVERY.MAX_WIDTH = 0.0
 
     # Free Mask (FreeSOLO, section 3.1). Defaults are the paper's.
     free_mask = cfg.DISCOVERY.FREE_MASK = CfgNode()

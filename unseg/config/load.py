@@ -9,6 +9,8 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 
 from unseg.config.common import add_common_config
 from unseg.config.discovery import add_discovery_config
+from unseg.config.freesolo import add_freesolo_config
+from unseg.config.self_training import add_self_training_config
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,8 @@ def add_unseg_config(cfg: CfgNode) -> None:
         return
     add_common_config(cfg)
     add_discovery_config(cfg)
+    add_freesolo_config(cfg)
+    add_self_training_config(cfg)
 
 
 def get_cfg() -> CfgNode:
