@@ -1,30 +1,15 @@
 """Released checkpoints to Detectron2's names: every weight finds its place, or it fails."""
 
-import logging
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from detectron2.modeling.backbone.resnet import BasicStem, ResNet
-from torch import Tensor
 
 from unseg.checkpoint.files import atomic_write
+from unseg.checkpoint.freesolo import check_freesolo
+from unseg.checkpoint.resnet import Weights, convert_resnet
 from unseg.checkpoint.safe import CheckpointError, load_weights_file
-
-logger = logging.getLogger(__name__)
-
-Weights = dict[str, Tensor]
-
-# Number of blocks in the third stage tells the ResNets apart.
-_DEPTH_BY_THIRD_STAGE = {
-    (2, False): 18,
-    (6, False): 34,
-    (6, True): 50,
-    (23, True): 101,
-    (36, True): 152,
-}
 
 
 def _unwrap(content: Any, path: str, keys: tuple[str, ...]) -> Weights:
@@ -52,58 +37,6 @@ def _under_prefix(weights: Weights, prefixes: tuple[str, ...], path: str) -> Wei
     )
 
 
-def resnet_name(key: str) -> str:
-    """torchvision's name of a ResNet weight in Detectron2's terms."""
-    key = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", key)
-    key = re.sub(r"\bdownsample\.0\b", "shortcut", key)
-    key = re.sub(r"\bdownsample\.1\b", "shortcut.norm", key)
-    key = re.sub(r"\bbn(\d)\b", r"conv\1.norm", key)
-    return key if key.startswith("res") else f"stem.{key}"
-
-
-def expected_resnet(depth: int) -> dict[str, torch.Size]:
-    """Names and shapes of the weights of Detectron2's ResNet of that depth."""
-    with torch.device("meta"):
-        stages = ResNet.make_default_stages(depth, norm="BN")
-        model = ResNet(BasicStem(norm="BN"), stages)
-    state = model.state_dict()
-    return {k: v.shape for k, v in state.items() if not k.endswith("num_batches_tracked")}
-
-
-def convert_resnet(weights: Weights, path: str) -> Weights:
-    """A torchvision-style ResNet state dict under Detectron2's names.
-
-    Classifier weights (``fc``) and batch counters are left out; anything else must match the
-    ResNet exactly.
-
-    Raises:
-        CheckpointError: weights are missing, unknown or of another shape; the message names them.
-    """
-    renamed = {
-        resnet_name(k): v
-        for k, v in weights.items()
-        if not k.startswith("fc.") and not k.endswith("num_batches_tracked")
-    }
-    blocks = {m[1] for k in renamed if (m := re.match(r"res4\.(\d+)\.", k))}
-    bottleneck = any(k.startswith("res2.0.conv3") for k in renamed)
-    depth = _DEPTH_BY_THIRD_STAGE.get((len(blocks), bottleneck))
-    if depth is None:
-        raise CheckpointError(f"{path}: a ResNet with {len(blocks)} blocks in layer3 is not known")
-    expected = expected_resnet(depth)
-    problems = [f"missing {k}" for k in expected.keys() - renamed.keys()]
-    problems += [f"unknown {k}" for k in renamed.keys() - expected.keys()]
-    problems += [
-        f"{k} has shape {tuple(renamed[k].shape)} instead of {tuple(shape)}"
-        for k, shape in expected.items()
-        if k in renamed and renamed[k].shape != shape
-    ]
-    if problems:
-        shown = ", ".join(sorted(problems)[:8])
-        raise CheckpointError(f"{path} is not a ResNet-{depth}: {len(problems)} problems: {shown}")
-    logger.info("%s: ResNet-%d, %d weights", path, depth, len(renamed))
-    return renamed
-
-
 def _resnet_converter(
     keys: tuple[str, ...], prefixes: tuple[str, ...]
 ) -> Callable[[Any, str], Weights]:
@@ -112,6 +45,10 @@ def _resnet_converter(
         return convert_resnet(_under_prefix(weights, prefixes, path), path)
 
     return convert_content
+
+
+def _convert_freesolo(content: Any, path: str) -> Weights:
+    return check_freesolo(_unwrap(content, path, ("model",)), path)
 
 
 CONVERTERS: dict[str, Callable[[Any, str], Weights]] = {
@@ -126,6 +63,8 @@ CONVERTERS: dict[str, Callable[[Any, str], Weights]] = {
     # https://github.com/facebookresearch/dino: the ResNet-50, whole state or backbone only
     "dino": _resnet_converter(("teacher",), ("module.backbone.", "backbone.", "module.", "")),
     "torchvision": _resnet_converter((), ("",)),
+    # https://github.com/NVlabs/FreeSOLO: a whole model under our names already
+    "freesolo": _convert_freesolo,
 }
 
 
@@ -133,12 +72,13 @@ def convert(kind: str, path: str | os.PathLike) -> dict[str, Any]:
     """Read a released checkpoint and give its weights Detectron2's names.
 
     Args:
-        kind: "densecl", "moco", "dino" or "torchvision".
+        kind: "densecl", "moco", "dino" or "torchvision", for a backbone, or "freesolo".
         path: the local file.
 
     Returns:
-        ``{"model": {name: tensor}, "__author__": ..., "matching_heuristics": True}``: a backbone
-        that Detectron2 loads into any model with that ResNet, with or without an FPN around it.
+        ``{"model": {name: tensor}, "__author__": ..., "matching_heuristics": bool}``. A backbone
+        has heuristics on: Detectron2 loads it into any model with that ResNet, with or without an
+        FPN around it. A FreeSOLO is loaded by its names, without optimizer and schedule.
 
     Raises:
         KeyError: the kind is unknown.
@@ -147,7 +87,11 @@ def convert(kind: str, path: str | os.PathLike) -> dict[str, Any]:
     if kind not in CONVERTERS:
         raise KeyError(f"unknown kind of checkpoint {kind!r}; there are: {', '.join(CONVERTERS)}")
     model = CONVERTERS[kind](load_weights_file(path), str(path))
-    return {"model": model, "__author__": f"unseg ({kind})", "matching_heuristics": True}
+    return {
+        "model": model,
+        "__author__": f"unseg ({kind})",
+        "matching_heuristics": kind != "freesolo",
+    }
 
 
 def save_converted(checkpoint: dict[str, Any], path: str | os.PathLike) -> None:

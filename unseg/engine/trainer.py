@@ -15,7 +15,7 @@ from torch import nn
 from unseg.checkpoint import CheckpointError, SafeCheckpointer
 from unseg.data import build_test_loader, build_train_loader
 from unseg.data.sampling import ResumableLoader
-from unseg.engine.hooks import BatchWatch, EMAHook, StepSeeds, TrainingPictures
+from unseg.engine.hooks import BatchWatch, EMAHook, StepSeeds, TrainingPictures, unwrap
 from unseg.engine.optimizer import build_optimizer
 from unseg.evaluation import build_evaluator
 
@@ -96,6 +96,11 @@ class Trainer(DefaultTrainer):
         super().resume_or_load(resume)
         if resume and self.checkpointer.has_checkpoint() and not self._restored:
             raise CheckpointError(f"the last checkpoint holds weights alone: {_INSTEAD}")
+        if not self._restored:
+            # A warm-up inside a model begins with the training, whatever its weights went through.
+            for module in unwrap(self.model).modules():
+                if hasattr(module, "reset_schedule"):
+                    module.reset_schedule()
         self.data_loader.start_iteration = self.start_iter
 
     def run_step(self) -> None:
