@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from unseg.discovery import PseudoMaskError, io, load_pseudo_masks, write_pseudo_masks
+from unseg.discovery.statistics import MaskStatistics, mask_statistics
 from unseg.structures import ImageRecord, PseudoMask
 
 
@@ -48,6 +50,17 @@ def test_round_trip(tmp_path, seed, embedding_dim):
                 assert b.embedding is None
             else:
                 np.testing.assert_array_equal(b.embedding, a.embedding.astype(np.float16))
+
+
+def test_the_header_says_what_is_in_the_file(tmp_path):
+    records = random_records(np.random.default_rng(0), embedding_dim=3)
+    statistics = MaskStatistics(dropped=Counter({"empty": 3}))
+    write_pseudo_masks(tmp_path / "x.json", iter(records), statistics=statistics)
+    found = io.read_header(tmp_path / "x.json")["statistics"]
+    assert found == mask_statistics(records, {"empty": 3}).to_json()
+    assert load_pseudo_masks(tmp_path / "x.json") == records
+    write_pseudo_masks(tmp_path / "y.json", records)
+    assert "statistics" not in io.read_header(tmp_path / "y.json")
 
 
 def test_file_is_valid_coco(tmp_path):

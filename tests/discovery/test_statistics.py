@@ -1,5 +1,7 @@
 """Statistics of pseudo-masks, and the warnings about degenerate ones."""
 
+import json
+
 import numpy as np
 from pycocotools import mask as mask_util
 
@@ -28,6 +30,19 @@ def test_counts():
     assert statistics.warnings() == []
     assert "low score 7" in statistics.summary()
     assert "empty" not in statistics.summary().split("dropped")[1]
+
+
+def test_json_has_all_counts_and_no_order():
+    counts = {"low score": 7, "empty": 0, "a wide one": 2}
+    records = [record((10, 20, 10, 20)), record()]
+    written = [
+        json.dumps(mask_statistics(records, dict(items)).to_json())
+        for items in (counts.items(), reversed(counts.items()))
+    ]
+    assert written[0] == written[1]
+    found = json.loads(written[0])
+    assert (found["images"], found["masks"], sum(found["areas"])) == (2, 1, 1)
+    assert found["dropped"] == {"a wide one": 2, "low score": 7}
 
 
 def test_warnings_name_what_is_degenerate():

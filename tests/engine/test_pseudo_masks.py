@@ -25,7 +25,7 @@ from unseg.data import build_mapper
 from unseg.data.image import ImageReadError
 from unseg.discovery import load_pseudo_masks
 from unseg.engine import PseudoMaskJob, images_in_folder, images_of_dataset
-from unseg.tools.pseudo_masks import load_weights
+from unseg.engine.find_masks import load_weights
 
 CONFIG = "projects/FreeSOLO/configs/free_masks_tiny.yaml"
 # large masks count here, and little time is spent
@@ -238,6 +238,26 @@ def test_any_models_instances_become_pseudo_masks(folder, tmp_path):
         assert [round(m.score, 3) for m in record.masks] == [0.9, 0.6]
     assert statistics.dropped["below DISCOVERY.SCORE_THRESHOLD"] == 11
     assert statistics.dropped["empty or beyond the best"] == 11
+
+
+def test_wide_masks_are_left_out_and_counted(folder, tmp_path):
+    """Masks 5 and 2 pixels wide of 64, 80 and 90: whether 5 is too wide depends on the image."""
+    for limit, areas in ((5 / 80, [[45, 25], [4], [4]]), (0.0, [[45, 25, 4]] * 3)):
+        output = tmp_path / f"{limit}.json"
+        cfg = load_config(CONFIG, [*OPTS, "DISCOVERY.MAX_WIDTH", limit])
+        job = PseudoMaskJob(cfg, images_in_folder(folder), output)
+        job.start(resume=False)
+        job.run(Detector())
+        statistics = job.collect_if_complete()
+        records = load_pseudo_masks(output)
+        by_width = dict(zip((90, 80, 64), areas, strict=True))
+        if limit:
+            by_width[90] = [45, 25, 4]
+        for record in records:
+            assert [m.area for m in record.masks] == by_width[record.width]
+        wide = 2 * sum(record.width <= 80 for record in records) if limit else 0
+        assert statistics.dropped["as wide as DISCOVERY.MAX_WIDTH"] == wide
+        assert statistics.dropped["empty or beyond the best"] == 11
 
 
 def test_bad_images_raise_or_are_left_out(folder, tmp_path):

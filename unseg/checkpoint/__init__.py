@@ -3,6 +3,7 @@
 from unseg.checkpoint.checkpointer import SafeCheckpointer
 from unseg.checkpoint.convert import convert, save_converted
 from unseg.checkpoint.files import atomic_write
+from unseg.checkpoint.hashes import file_hash, weights_hash
 from unseg.checkpoint.safe import CheckpointError, load_weights_file
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "SafeCheckpointer",
     "atomic_write",
     "convert",
+    "file_hash",
     "load_weights_file",
     "save_converted",
+    "weights_hash",
 ]

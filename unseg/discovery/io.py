@@ -27,6 +27,7 @@ from pycocotools import mask as mask_util
 
 from unseg.checkpoint.files import atomic_write
 from unseg.discovery.rle import covers, malformed_counts, read_segmentation
+from unseg.discovery.statistics import MaskStatistics
 from unseg.structures import ImageRecord, PseudoMask
 
 CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
@@ -40,7 +41,11 @@ class PseudoMaskError(ValueError):
 
 
 def write_pseudo_masks(
-    path: str | os.PathLike, records: Iterable[ImageRecord], *, info: dict[str, Any] | None = None
+    path: str | os.PathLike,
+    records: Iterable[ImageRecord],
+    *,
+    info: dict[str, Any] | None = None,
+    statistics: MaskStatistics | None = None,
 ) -> None:
     """Write a pseudo-mask file and its embeddings, atomically.
 
@@ -49,6 +54,7 @@ def write_pseudo_masks(
         records: one per image, with unique ids. Read once: may be a generator.
         info: what to keep about the origin (settings, weights); nothing that changes between
             equal runs. Stored under ``info.unseg``.
+        statistics: the records are added to it; stored under ``info.statistics``.
 
     Raises:
         ValueError: two images share an id, or only some masks have embeddings.
@@ -56,6 +62,8 @@ def write_pseudo_masks(
     path = Path(path)
     images, annotations, vectors = [], [], []
     for record in records:
+        if statistics is not None:
+            statistics.add(record)
         images.append(
             {
                 "id": record.image_id,
@@ -71,6 +79,8 @@ def write_pseudo_masks(
     if duplicates:
         raise ValueError(f"image id {duplicates[0]} is used by several images")
     header = {"description": "pseudo-masks", "format": _FORMAT, "unseg": info or {}}
+    if statistics is not None:
+        header["statistics"] = statistics.to_json()
     sidecar = _write_embeddings(path, vectors)
     if sidecar:
         header["embeddings"] = sidecar

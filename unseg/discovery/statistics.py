@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,13 @@ class MaskStatistics:
                     "background (wrong weights, wrong channel order or padding?)"
                 )
         return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All counts, as JSON-able numbers; equal for equal counts, whatever their order was."""
+        counts = {f.name: getattr(self, f.name) for f in fields(self)}
+        counts["areas"] = self.areas.tolist()
+        counts["dropped"] = {name: n for name, n in sorted(self.dropped.items()) if n}
+        return counts
 
     def summary(self) -> str:
         """A few lines for people."""

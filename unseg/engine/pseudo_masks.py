@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
@@ -19,6 +18,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Instances
 from torch import nn
 
+from unseg.checkpoint import weights_hash
 from unseg.data import build_mapper, image_root_of
 from unseg.data.build import skips_bad_images
 from unseg.data.image import EXTENSIONS, ImageReadError, read_image_size
@@ -129,6 +129,7 @@ class _Labeller:
         self.model = model.eval()
         self.score_threshold = cfg.DISCOVERY.SCORE_THRESHOLD
         self.max_masks = cfg.DISCOVERY.MAX_MASKS_PER_IMAGE
+        self.max_width = cfg.DISCOVERY.MAX_WIDTH
 
     def __call__(self, loaded: list[tuple[int, dict | None]]) -> tuple[dict[str, Any], int]:
         good = [(index, x) for index, x in loaded if x is not None]
@@ -151,11 +152,18 @@ class _Labeller:
 
     def _select(self, masks: list[PseudoMask], dropped: Counter) -> list[PseudoMask]:
         confident = [m for m in masks if m.score >= self.score_threshold]
-        kept = [m for m in confident if m.area > 0]
+        # Before the best are chosen: an image-wide mask takes no object's place.
+        narrow = [m for m in confident if not self._is_wide(m)]
+        kept = [m for m in narrow if m.area > 0]
         kept = sorted(kept, key=lambda m: -m.score)[: self.max_masks]
         dropped["below DISCOVERY.SCORE_THRESHOLD"] += len(masks) - len(confident)
-        dropped["empty or beyond the best"] += len(confident) - len(kept)
+        dropped["as wide as DISCOVERY.MAX_WIDTH"] += len(confident) - len(narrow)
+        dropped["empty or beyond the best"] += len(narrow) - len(kept)
         return kept
+
+    def _is_wide(self, mask: PseudoMask) -> bool:
+        image_width = mask.rle["size"][1]
+        return self.max_width > 0 and mask.box[2] >= self.max_width * image_width
 
 
 def _from_instances(instances: Instances) -> list[PseudoMask]:
@@ -205,16 +213,16 @@ class PseudoMaskJob:
             cfg: model, mapper and DISCOVERY settings.
             source: the images.
             output: the JSON file to write.
-            weights: path of the weights the model was built with; its hash becomes part of the
-                job. Default ``cfg.MODEL.WEIGHTS``.
+            weights: path of the weights the model was built with; their hash becomes part of
+                the job. Default ``cfg.MODEL.WEIGHTS``.
         """
         self.source = source
         self.output = Path(output)
         self.loader = _Loader(cfg, source)
         self.cfg = cfg
         self.info = {
-            "settings": _settings(cfg),
-            "weights": _file_hash(cfg.MODEL.WEIGHTS if weights is None else weights),
+            "settings": job_settings(cfg),
+            "weights": weights_hash(cfg.MODEL.WEIGHTS if weights is None else weights),
             "images": _list_hash(source.images),
         }
         self.work_dir = WorkDir(f"{self.output}.parts", self.info, len(self.loader.units))
@@ -222,7 +230,7 @@ class PseudoMaskJob:
     def is_written(self) -> bool:
         """Whether the output is there already, made by a job with the same settings."""
         header = read_header(self.output)
-        return header is not None and header.get("unseg") == json.loads(json.dumps(self.info))
+        return header is not None and header.get("unseg") == self.info
 
     def start(self, *, resume: bool) -> None:
         """Open the work folder; see :meth:`WorkDir.open`. One process does this, before all."""
@@ -275,43 +283,34 @@ class PseudoMaskJob:
         statistics.unreadable_images = self.source.unreadable + (
             len(self.source.images) - len(images)
         )
-        write_pseudo_masks(self.output, self._records(images, statistics), info=self.info)
+        records = self._records(images)
+        write_pseudo_masks(self.output, records, info=self.info, statistics=statistics)
         self.work_dir.remove()
         return statistics
 
-    def _records(
-        self, images: dict[int, list[PseudoMask]], statistics: MaskStatistics
-    ) -> Iterator[ImageRecord]:
+    def _records(self, images: dict[int, list[PseudoMask]]) -> Iterator[ImageRecord]:
         for index, image in enumerate(self.source.images):
             if index in images:
-                record = ImageRecord(
+                yield ImageRecord(
                     image.file_name, image.height, image.width, image.image_id, images[index]
                 )
-                statistics.add(record)
-                yield record
 
 
-def _settings(cfg: CfgNode) -> dict[str, Any]:
-    """The parts of a config that masks depend on, without paths and process counts."""
+def job_settings(cfg: CfgNode) -> dict[str, Any]:
+    """The parts of a config that masks depend on, without paths and process counts, as JSON has
+    them."""
     content = cfg.clone()
     content.defrost()
     content.MODEL.WEIGHTS = ""
     content.MODEL.DEVICE = ""
-    return {key: _plain(content[key]) for key in ("MODEL", "INPUT", "TEST", "DISCOVERY")}
+    return plain({key: content[key] for key in ("MODEL", "INPUT", "TEST", "DISCOVERY")})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A config node as dicts and lists, equal to itself once written to JSON and read again."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple | list) else value
-
-
-def _file_hash(path: str) -> str:
-    """sha256 of a weights file, or the name itself where it is not a local file."""
-    if not os.path.isfile(path):
-        return path
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def _list_hash(images: Sequence[ImageRecord]) -> str:

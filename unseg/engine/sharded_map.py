@@ -64,7 +64,7 @@ class WorkDir:
                 json.dump(self.job, file, indent=1, sort_keys=True)
         found = json.loads(marker.read_text())
         if found != self.job:
-            changed = ", ".join(sorted(_differences(found, self.job))) or "the format"
+            changed = ", ".join(sorted(differences(found, self.job))) or "the format"
             raise ValueError(
                 f"{self.path} holds the partial results of another job; different: {changed}. "
                 "Use the same settings, or start over without --resume."
@@ -143,11 +143,11 @@ def _unit_of(line: bytes) -> int:
     return int(line[: line.index(b",")].partition(b":")[2])
 
 
-def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
-    """Names of the keys at which two JSON objects differ."""
+def differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
+    """Names of the keys at which two JSON objects differ, in no particular order."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in a.keys() | b.keys():
-            yield from _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
+            yield from differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
     elif a != b:
         yield prefix
 
