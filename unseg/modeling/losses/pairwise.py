@@ -85,7 +85,9 @@ def color_edges(
         if views is None:
             continue
         i, j = views
-        similar = torch.exp(-0.5 * (lab[i] - lab[j]).norm(dim=1)) >= threshold
+        # Not norm(dim=1), which is twenty times slower on a CPU.
+        distance = (lab[i] - lab[j]).square_().sum(dim=1).sqrt_()
+        similar = torch.exp(-0.5 * distance) >= threshold
         forward[:, t][i] = similar & valid[j]
         backward[:, t][i] = similar & valid[i]
     return forward, backward
