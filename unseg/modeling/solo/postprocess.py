@@ -154,8 +154,10 @@ def masks_in_image(
     Returns:
         (M, H, W) bool.
     """
+    if not len(masks):
+        return masks.new_zeros((0, *output_size), dtype=torch.bool)
     pixels = max(output_size[0] * output_size[1], masks.shape[1] * masks.shape[2] * ratio**2)
-    resized = [masks.new_zeros((0, *output_size), dtype=torch.bool)]
+    resized = []
     for chunk in masks.split(max(1, _CHUNK_ELEMENTS // pixels)):
         x = F.interpolate(chunk[None], scale_factor=ratio, mode="bilinear", align_corners=False)
         x = x[..., : input_size[0], : input_size[1]]
