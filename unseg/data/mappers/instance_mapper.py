@@ -96,6 +96,7 @@ class InstanceMapper:
         semantic = None
         if self.is_train and "sem_seg_file_name" in dataset_dict:
             semantic = _read_semantic(dataset_dict.pop("sem_seg_file_name"), image.shape[:2])
+        original_size = image.shape[:2]
         augmented = T.AugInput(image, sem_seg=semantic)
         transforms = self.augmentations(augmented)
         image = _unflipped(augmented.image).transpose(2, 0, 1)
@@ -108,16 +109,38 @@ class InstanceMapper:
             )
         if self.is_train:
             try:
-                instances = self._instances(annotations, transforms, image.shape[1:])
+                instances = self._instances(annotations, transforms, original_size, image.shape[1:])
             except ValueError as error:
                 raise ValueError(f"{dataset_dict['file_name']}: {error}") from error
             dataset_dict["instances"] = instances
         return dataset_dict
 
+    def _add_fields(
+        self,
+        instances: Instances,
+        annotations: Sequence[dict[str, Any]],
+        transforms: T.TransformList,
+        original_size: tuple[int, int],
+    ) -> None:
+        """For subclasses: set fields of `instances` that have objects out of view among them still.
+
+        Args:
+            instances: N objects in the transformed image; boxes, classes and, if the annotations
+                have them, masks are set. The result is filtered afterwards by boxes and masks.
+            annotations: their N annotations as in the dataset dict (not to be changed).
+            transforms: what was done to the image.
+            original_size: height and width of the image file.
+        """
+
     def _instances(
-        self, annotations: list[dict], transforms: T.TransformList, size: tuple[int, int]
+        self,
+        annotations: list[dict],
+        transforms: T.TransformList,
+        original_size: tuple[int, int],
+        size: tuple[int, int],
     ) -> Instances:
         """Transformed annotations without crowds, and without those that fell out of view."""
+        annotations = [a for a in annotations if not a.get("iscrowd", 0)]
         transformed = [
             detection_utils.transform_instance_annotations(
                 # a deep copy, because transforms may write into polygons
@@ -126,7 +149,6 @@ class InstanceMapper:
                 size,
             )
             for annotation in annotations
-            if not annotation.get("iscrowd", 0)
         ]
         for annotation in transformed:
             if isinstance(annotation.get("segmentation"), np.ndarray):
@@ -140,6 +162,7 @@ class InstanceMapper:
             instances.gt_masks = BitMasks(torch.zeros((0, *size), dtype=torch.bool))
         if self.class_agnostic:
             instances.gt_classes = torch.zeros_like(instances.gt_classes)
+        self._add_fields(instances, annotations, transforms, original_size)
         instances = detection_utils.filter_empty_instances(instances)
         if not self.with_masks and instances.has("gt_masks"):
             instances.remove("gt_masks")
