@@ -1,0 +1,1 @@
+"""SOLO: heads, targets and post-processing of mask prediction by locations."""
