@@ -1,75 +1,33 @@
 """Every YAML of configs/ and projects/ loads, builds and runs: two steps of training, one test."""
 
-from pathlib import Path
-
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+import torch
 from detectron2.modeling import build_model
+from quick import ROOT, quick_config, quick_overrides, words
 
 from unseg.config import load_config
 from unseg.data import register_datasets_in_config
-from unseg.engine import PseudoMaskJob, Trainer, images_of_dataset
+from unseg.engine import PseudoMaskJob, Trainer, images_of_dataset, main
 from unseg.modeling import MaskDiscovery
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "projects").glob("*/configs/*.yaml"))
 BASES = sorted((ROOT / "configs").glob("*.yaml"))
-
-# Small images, small batches and narrow heads, so that a run takes seconds whatever the config.
-QUICK = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
-    "DATASETS.TRAIN": ("quick_train",),
-    "DATASETS.TEST": ("quick_val",),
-    "DATALOADER.NUM_WORKERS": 0,
-    "INPUT.MIN_SIZE_TRAIN": (64,),
-    "INPUT.MIN_SIZE_TEST": 64,
-    "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.MAX_ITER": 2,
-    "SOLVER.STEPS": (),
-    "SOLVER.WARMUP_ITERS": 1,
-    "TEST.EVAL_PERIOD": 0,
-    "TEST.DETECTIONS_PER_IMAGE": 10,
-    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,
-    "MODEL.RPN.PRE_NMS_TOPK_TEST": 50,
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
-    "MODEL.RPN.POST_NMS_TOPK_TEST": 10,
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
-    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+# Configs that differ from another one in what is evaluated, and the tasks that the kind of their
+# data set leaves.
+EVALUATION_TASKS = {
+    "freesolo_R_101_uvo.yaml": {"bbox", "segm"},
+    "freesolo_R_101_voc.yaml": {"bbox"},
 }
+# Depth: entries and millions of values in the state dicts of the released code's models.
+RELEASED = {50: (336, 46.88), 101: (591, 65.92)}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_datasets():
-    """Four training scenes and two for testing."""
-    for name, count in (("train", 4), ("val", 2)):
-        DatasetCatalog.register(
-            f"quick_{name}", lambda n=name, c=count: DatasetCatalog.get(f"unseg_synthetic_{n}")[:c]
-        )
-        metadata = MetadataCatalog.get(f"unseg_synthetic_{name}")
-        MetadataCatalog.get(f"quick_{name}").set(
-            thing_classes=metadata.thing_classes,
-            evaluator_type="coco_class_agnostic",
-            image_root=metadata.image_root,
-        )
-    yield
-    for name in ("quick_train", "quick_val"):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
-def quick_config(path, output):
-    overrides = QUICK | {"OUTPUT_DIR": str(output)}
-    cfg = load_config(str(path))
-    if "SyncBN" in (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM):  # needs a GPU
-        overrides |= {"MODEL.RESNETS.NORM": "BN", "MODEL.FPN.NORM": "BN"}
-    return load_config(str(path), [x for item in overrides.items() for x in item])
+pytestmark = pytest.mark.usefixtures("quick_datasets")
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 6
-    assert len(BASES) >= 2
+    assert len(CONFIGS) >= 12
+    assert len(BASES) >= 3
+    assert {path.name for path in CONFIGS} > EVALUATION_TASKS.keys()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parents[1].name}/{p.name}")
@@ -78,12 +36,18 @@ def test_config_runs(path, tmp_path):
     register_datasets_in_config(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "MaskDiscovery":
         run_discovery(cfg, tmp_path)
-        return
+    elif path.name in EVALUATION_TASKS:
+        run_evaluation(path, tmp_path, EVALUATION_TASKS[path.name])
+    else:
+        run_training(cfg, tmp_path)
+
+
+def run_training(cfg, folder):
     trainer = Trainer(cfg)
     trainer.resume_or_load(False)
     trainer.train()
     assert trainer.iter == 2
-    assert (tmp_path / "model_final.pth").is_file()
+    assert (folder / "model_final.pth").is_file()
     assert set(trainer._last_eval_results) >= {"bbox", "segm"}
 
 
@@ -97,6 +61,15 @@ def run_discovery(cfg, folder):
     assert set(Trainer.test(cfg, model.eval())) >= {"bbox", "segm"}
 
 
+def run_evaluation(path, folder, tasks):
+    overrides = quick_overrides(path, folder)
+    if "segm" not in tasks:
+        overrides["DATASETS.TEST"] = ("quick_boxes",)
+    flags = ["--eval-only", "--config-file", str(path)]
+    results = main([*flags, *map(str, words(overrides))])
+    assert set(results) == tasks
+
+
 @pytest.mark.parametrize("path", BASES + CONFIGS, ids=lambda p: p.name)
 def test_config_is_read_without_other_repositories(path):
     """Bases lie in this repository; class-agnostic models have one class."""
@@ -108,3 +81,37 @@ def test_config_is_read_without_other_repositories(path):
     cfg = load_config(str(path))
     if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1
+
+
+FREESOLO = [p for p in CONFIGS if load_config(str(p)).MODEL.META_ARCHITECTURE == "FreeSOLO"]
+
+
+@pytest.mark.parametrize("path", FREESOLO, ids=lambda p: p.name)
+def test_freesolo_builds_whole(path):
+    cfg = load_config(str(path), ["MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        state = build_model(cfg).state_dict()
+    if cfg.MODEL.RESNETS.DEPTH in RELEASED:
+        values = sum(x.numel() for x in state.values())
+        # They have two classes.
+        values += (2 - cfg.MODEL.FREESOLO.NUM_CLASSES) * state["ins_head.cate_pred.weight"][
+            0
+        ].numel()
+        assert (len(state), round(values / 1e6, 2)) == RELEASED[cfg.MODEL.RESNETS.DEPTH]
+
+
+def test_freesolo_presets():
+    """The preset "compat" differs from "paper" in these keys alone."""
+    folder = ROOT / "projects/FreeSOLO/configs"
+    for depth in (50, 101):
+        paper = load_config(str(folder / f"freesolo_R_{depth}.yaml")).clone()
+        compat = load_config(str(folder / f"freesolo_R_{depth}_compat.yaml"))
+        assert depth == paper.MODEL.RESNETS.DEPTH
+        assert paper != compat
+        paper.defrost()
+        paper.merge_from_list(
+            ["MODEL.FREESOLO.COMPAT", True, "MODEL.FREESOLO.NUM_CLASSES", 2]
+            + ["MODEL.FREESOLO.LOSS.SEMANTIC_WEIGHT", 0.0]
+            + ["MODEL.FREESOLO.DATA.BOXES", "xyxy_as_xywh"]
+        )
+        assert paper == compat
