@@ -1,6 +1,5 @@
 """The command line: train, resume, evaluate; killed and resumed with a real config."""
 
-import logging
 import os
 import re
 import runpy
@@ -14,62 +13,16 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
+from quick_rcnn import CONFIG, QUICK, ROOT, write_scenes
 from toy_training import Recording, read_losses, register_toy_dataset, toy_cfg
 
 from unseg.checkpoint import CheckpointError
 from unseg.config import load_config
-from unseg.discovery import write_pseudo_masks
 from unseg.engine import main
-from unseg.structures import ImageRecord, make_pseudo_masks
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN_NET = ROOT / "projects/FreeSOLO/train_net.py"
-CONFIG = ROOT / "projects/FreeSOLO/configs/pseudo_mask_rcnn_tiny.yaml"
 
-# Small images, narrow heads and few proposals, so that it takes seconds.
-QUICK = {
-    "INPUT.MIN_SIZE_TRAIN": (64,),
-    "INPUT.MIN_SIZE_TEST": 64,
-    "TEST.DETECTIONS_PER_IMAGE": 10,
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
-    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
-    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
-    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
-}
-
-
-@pytest.fixture(autouse=True)
-def loggers():
-    """main() takes these over for good; other tests read them."""
-    logging_of = [logging.getLogger(name) for name in ("detectron2", "fvcore", "unseg")]
-    kept = [(x, x.level, x.propagate, x.handlers.copy()) for x in logging_of]
-    yield
-    for logger, level, propagate, handlers in kept:
-        logger.setLevel(level)
-        logger.propagate = propagate
-        logger.handlers[:] = handlers
-
-
-def write_scenes(folder, split, count):
-    """Squares on the first synthetic scenes, as ``x.json@unseg-synthetic://split``.
-
-    They are so many that an untrained detector finds some of them.
-    """
-    places = [
-        (y, x, size)
-        for size in (30, 60, 120)
-        for y in range(0, 161 - size, size // 2)
-        for x in range(0, 161 - size, size // 2)
-    ]
-    masks = torch.zeros((len(places), 160, 160), dtype=torch.bool)
-    for mask, (y, x, size) in zip(masks, places, strict=True):
-        mask[y : y + size, x : x + size] = True
-    squares = make_pseudo_masks(masks, torch.ones(len(places)))
-    records = [ImageRecord(f"{i:06d}.bmp", 160, 160, i, squares) for i in range(count)]
-    write_pseudo_masks(folder / f"{split}.json", records)
-    return f"{folder}/{split}.json@unseg-synthetic://{split}"
+pytestmark = pytest.mark.usefixtures("restored_loggers")
 
 
 @pytest.fixture

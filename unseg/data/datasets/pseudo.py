@@ -102,20 +102,32 @@ def register_pseudo_masks(name: str, json_file: str, image_root: str) -> None:
     )
 
 
+def split_file_name(name: str) -> tuple[str, str] | None:
+    """The file and the image root of a data set that is named ``x.json@DIR``; None for others.
+
+    Raises:
+        ValueError: the part after the @ is missing.
+    """
+    stem, separator, image_root = name.partition(_SEPARATOR)
+    if not separator:
+        return None
+    if not image_root:
+        raise ValueError(
+            f"data set {name!r}: write x.json@DIR, where DIR holds the images or is the name "
+            "of a registered data set"
+        )
+    return f"{stem}.json", image_root
+
+
 def register_if_file(name: str) -> str:
     """Register a data set that is named ``x.json@DIR``, once per process; returns the name.
 
     Raises:
         ValueError: the part after the @ is missing.
     """
-    if _SEPARATOR in name and name not in DatasetCatalog.list():
-        stem, image_root = name.split(_SEPARATOR, 1)
-        if not image_root:
-            raise ValueError(
-                f"data set {name!r}: write x.json@DIR, where DIR holds the images or is the name "
-                "of a registered data set"
-            )
-        register_pseudo_masks(name, f"{stem}.json", image_root)
+    parts = split_file_name(name)
+    if parts is not None and name not in DatasetCatalog.list():
+        register_pseudo_masks(name, *parts)
     return name
 
 
