@@ -13,7 +13,8 @@ def add_freesolo_config(cfg: CfgNode) -> None:
     solo.EMB_DIM = 128
     # Repeat the known errors of the released code, where they change results: inference boxes
     # (centre -/+ half of the occupied columns and rows), the upsampling ratio of small images,
-    # scrambled embeddings at inference, boxes of objects pasted into an image without any.
+    # boxes of objects pasted into an image without any. (It also scrambles the embeddings at
+    # inference. Its embeddings are not trained, and ours stay in order.)
     solo.COMPAT = False
 
     # Instance head: FPN levels, the strides they are resized to, grid cells per side, and the range

@@ -263,6 +263,16 @@ class FreeSOLO(nn.Module):
             [x["image"].to(self.device, torch.float32) for x in batched_inputs], self.divisibility
         )
         categories, predictions = self._predict(images)
+        with torch.autocast(self.device.type, enabled=False):
+            return self._detect(batched_inputs, images, categories, predictions)
+
+    def _detect(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        images: ImageList,
+        categories: list[Tensor],
+        predictions: Predictions,
+    ) -> list[dict[str, Instances]]:
         scores = flatten_levels([point_nms(x.float().sigmoid()) for x in categories])
         strides = torch.cat(
             [
