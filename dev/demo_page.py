@@ -33,7 +33,7 @@ figure {{ margin: 0 0 1.2rem }} img {{ max-width: 100% }} figcaption {{ color: #
 <h1>unseg demo</h1>
 <p>{summary}</p>
 {table}
-<h2>Synthetic scenes: image, ground truth, free masks, prediction</h2>
+<h2>Synthetic scenes: image, ground truth, free masks, FreeSOLO after two rounds</h2>
 <p>Free masks are all that were found; predictions are those of score {confident} and more.</p>
 {scenes}
 <h2>Free masks on photographs, without any weights</h2>

@@ -45,13 +45,11 @@ def test_only_folders_of_earlier_demos_are_deleted(demo, tmp_path):
 
 
 def test_the_summary_survives_masks_that_found_nothing(demo):
-    def metrics(value):
-        return {"segm": {"AP50": value}}
+    def rows(*values):
+        return {str(number): {"segm": {"AP50": v}} for number, v in enumerate(values)}
 
-    assert "is 2.50 times" in demo.compare(metrics(50.0), metrics(20.0))
-    assert "is 50.0; the free masks it learned from have none" in demo.compare(
-        metrics(50.0), metrics(0.0)
-    )
+    assert "reach 2.00 and 2.50 times" in demo.compare(rows(20.0, 40.0, 50.0))
+    assert "a mask AP50 of 0" in demo.compare(rows(0.0, 40.0, 50.0))
 
 
 def test_the_script_stays_in_the_callers_folder(tmp_path):

@@ -161,7 +161,8 @@ def masks_in_image(
     for chunk in masks.split(max(1, _CHUNK_ELEMENTS // pixels)):
         x = F.interpolate(chunk[None], scale_factor=ratio, mode="bilinear", align_corners=False)
         x = x[..., : input_size[0], : input_size[1]]
-        x = F.interpolate(x, size=output_size, mode="bilinear", align_corners=False)
+        if x.shape[-2:] != output_size:
+            x = F.interpolate(x, size=output_size, mode="bilinear", align_corners=False)
         resized.append(x[0] > thr)
     return torch.cat(resized)
 
