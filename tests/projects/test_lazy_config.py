@@ -1,0 +1,217 @@
+"""LazyConfigs build the same models, data and schedules as the YAMLs of their name, and train."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import SimpleTrainer
+from detectron2.evaluation import inference_on_dataset
+from detectron2.modeling import build_model
+from detectron2.solver import LRMultiplier, build_lr_scheduler
+from detectron2.structures import BitMasks, Boxes, Instances
+from omegaconf import ListConfig
+from quick import ROOT, quick_config
+from torch import nn
+
+from unseg.config import load_config
+from unseg.data import build_mapper
+from unseg.engine.optimizer import build_optimizer
+
+FOLDER = ROOT / "projects/FreeSOLO/configs"
+YAML, LAZY = FOLDER / "freesolo_R_50.yaml", FOLDER / "freesolo_R_50.py"
+# What QUICK and SHALLOW are for the YAMLs.
+QUICK = (
+    "dataloader.train.dataset.names=[quick_train]",
+    "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.dataset.names.name=quick_val",
+    "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+    "dataloader.test.num_workers=0",
+    "model.backbone.bottom_up.stages.depth=18",
+    "model.instance_head.channels=16",
+    "model.instance_head.num_convs=1",
+    "model.instance_head.num_kernels=16",
+    "model.instance_head.groups=4",
+    "model.mask_head.channels=16",
+    "model.mask_head.groups=4",
+    "model.inference.score_thr=0.001",
+    "model.inference.update_thr=0.0",
+    "model.inference.max_per_img=10",
+    "train.device=cpu",
+)
+
+
+def load(*overrides):
+    return LazyConfig.apply_overrides(LazyConfig.load(str(LAZY)), list(overrides))
+
+
+def quick():
+    cfg = load(*QUICK)
+    # The blocks of a ResNet-18 have no such choice.
+    del cfg.model.backbone.bottom_up.stages.stride_in_1x1
+    return cfg
+
+
+def plain(value):
+    """Settings as comparable values; ... for what is none."""
+    if dataclasses.is_dataclass(value):
+        fields = [f.name for f in dataclasses.fields(value)]
+        return type(value), {name: plain(getattr(value, name)) for name in fields}
+    if isinstance(value, ListConfig | list | tuple):
+        return [plain(x) for x in value]
+    if isinstance(value, dict):
+        return {name: plain(x) for name, x in value.items()}
+    if value is None or isinstance(value, bool | int | float | str | np.generic):
+        return value
+    return ...
+
+
+def settings(thing):
+    return {name: plain(x) for name, x in vars(thing).items() if plain(x) is not ...}
+
+
+def modules(model):
+    """Name of each submodule: its class and its settings."""
+    return {name: (type(m), settings(m)) for name, m in model.named_modules()}
+
+
+def test_plain():
+    assert plain(ListConfig([1, [2.0]])) == plain((1, (2.0,))) == [1, [2.0]]
+    assert plain(nn.Identity()) is ...
+    norm = settings(nn.GroupNorm(2, 4, eps=0.5))
+    assert (norm["num_groups"], norm["num_channels"], norm["eps"]) == (2, 4, 0.5)
+
+
+def test_same_model():
+    """Modules, parameters and every number that a module keeps."""
+    cfg = load_config(str(YAML), ["MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        expected, model = build_model(cfg), instantiate(load().model)
+    assert str(model) == str(expected)
+    ours, theirs = modules(model), modules(expected)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name] == theirs[name], name
+    assert ours[""][1]["losses"][1]["semantic_weight"] == 4.0
+    shapes = {name: (x.shape, x.dtype) for name, x in expected.state_dict().items()}
+    assert {name: (x.shape, x.dtype) for name, x in model.state_dict().items()} == shapes
+    buffers = {name for name, _ in expected.named_buffers()}
+    assert {name for name, _ in model.named_buffers()} == buffers
+
+
+def example(size=(96, 128)):
+    """An image with two objects."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
+    masks = torch.zeros((2, *size), dtype=torch.bool)
+    masks[0, 10:60, 20:70] = masks[1, 30:90, 80:120] = True
+    instances = Instances(size, gt_masks=BitMasks(masks))
+    instances.gt_boxes = Boxes([[20, 10, 70, 60], [80, 30, 120, 90]])
+    instances.gt_embeddings = torch.randn((2, 128), generator=generator)
+    return {"image": image, "strong_image": 255 - image, "instances": instances}
+
+
+@pytest.mark.usefixtures("quick_datasets")
+def test_same_outputs(tmp_path):
+    expected = build_model(quick_config(YAML, tmp_path))
+    model = instantiate(quick().model)
+    model.load_state_dict(expected.state_dict())
+    assert torch.equal(model.pixel_mean, expected.pixel_mean)
+    assert torch.equal(model.pixel_std, expected.pixel_std)
+    losses = []
+    for m in (expected, model):
+        m.train()
+        torch.manual_seed(3)
+        losses.append(m([example(), example()]))
+    assert losses[0].keys() == losses[1].keys()
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+    assert all(losses[0][name] > 0 for name in losses[0])
+    (first,), (second,) = expected.eval()([example()]), model.eval()([example()])
+    assert len(first["instances"]) > 0
+    for name, value in first["instances"].get_fields().items():
+        other = second["instances"].get(name)
+        assert torch.equal(getattr(other, "tensor", other), getattr(value, "tensor", value)), name
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_same_mapper(is_train):
+    expected = build_mapper(load_config(str(YAML)), is_train)
+    mapper = instantiate(load().dataloader["train" if is_train else "test"].mapper)
+    ours, theirs = settings(mapper), settings(expected)
+    if not is_train:  # annotations are not read
+        unused = ("class_agnostic", "strong_view_settings", "embedding_dim", "boxes")
+        ours, theirs = ({k: v for k, v in x.items() if k not in unused} for x in (ours, theirs))
+    assert ours == theirs
+    pairs = zip(mapper.augmentations.augs, expected.augmentations.augs, strict=True)
+    for ours, theirs in pairs:
+        assert type(ours) is type(theirs)
+        assert settings(ours) == settings(theirs)
+
+
+def test_same_data_and_schedule():
+    cfg, lazy = load_config(str(YAML)), load()
+    names = [x.name for x in lazy.dataloader.train.dataset.names]
+    assert names == list(cfg.DATASETS.TRAIN)
+    assert [lazy.dataloader.test.dataset.names.name] == list(cfg.DATASETS.TEST)
+    assert lazy.dataloader.evaluator.dataset_name == cfg.DATASETS.TEST[0]
+    assert lazy.dataloader.train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
+    assert lazy.dataloader.train.num_workers == cfg.DATALOADER.NUM_WORKERS
+    assert lazy.train.max_iter == lazy.train.eval_period == cfg.SOLVER.MAX_ITER
+    assert lazy.train.checkpointer.period == cfg.SOLVER.CHECKPOINT_PERIOD
+    assert lazy.train.amp.enabled == cfg.SOLVER.AMP.ENABLED
+    assert not cfg.SOLVER.CLIP_GRADIENTS.ENABLED
+
+
+def test_same_optimizer(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
+    cfg, lazy = load_config(str(YAML)), load()
+    expected = build_optimizer(cfg, model)
+    lazy.optimizer.params.model = model
+    optimizer = instantiate(lazy.optimizer)
+    assert type(optimizer) is type(expected)
+
+    def of_parameters(x):
+        return {
+            p: {key: value for key, value in group.items() if key != "params"}
+            for group in x.param_groups
+            for p in group["params"]
+        }
+
+    assert of_parameters(optimizer) == of_parameters(expected)
+    schedules = [
+        build_lr_scheduler(cfg, expected),
+        LRMultiplier(optimizer, instantiate(lazy.lr_multiplier), lazy.train.max_iter),
+    ]
+    rates = []
+    for schedule in schedules:
+        schedule.optimizer.step()
+        rates.append([])
+        for _ in range(1200):
+            rates[-1].append(schedule.optimizer.param_groups[0]["lr"])
+            schedule.step()
+    np.testing.assert_allclose(*rates, rtol=1e-6)
+    assert rates[0][0] == pytest.approx(1e-5)
+    assert rates[0][-1] == pytest.approx(1e-3)
+    assert instantiate(lazy.lr_multiplier)(1.0) == 1.0  # asked for after the last step
+
+
+@pytest.mark.usefixtures("quick_datasets")
+def test_trains_and_evaluates(tmp_path):
+    cfg = quick()
+    cfg.train.output_dir = str(tmp_path)
+    model = instantiate(cfg.model)
+    cfg.optimizer.params.model = model
+    trainer = SimpleTrainer(
+        model.train(), instantiate(cfg.dataloader.train), instantiate(cfg.optimizer)
+    )
+    trainer.train(0, 2)
+    assert np.isfinite(trainer.storage.latest()["total_loss"][0])
+    assert model._iter == 2
+    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, loader, evaluator)
+    assert set(results) == {"bbox", "segm"}
+    assert Path(tmp_path, "inference/coco_instances_results.json").is_file()
