@@ -1,5 +1,6 @@
 """Backbones."""
 
 from unseg.modeling.backbone.filter_bank import FilterBank, build_filter_bank_backbone
+from unseg.modeling.backbone.resnet_fpn import build_resnet_fpn_no_top_backbone
 
-__all__ = ["FilterBank", "build_filter_bank_backbone"]
+__all__ = ["FilterBank", "build_filter_bank_backbone", "build_resnet_fpn_no_top_backbone"]
