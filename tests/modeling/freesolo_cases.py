@@ -21,6 +21,12 @@ NARROW = {
     "MODEL.FREESOLO.MASK_CHANNELS": 16,
     "MODEL.FREESOLO.GN_GROUPS": 4,
     "MODEL.FREESOLO.EMB_DIM": 6,
+    # What the tests are about, whatever the tiny config chooses.
+    "MODEL.FREESOLO.FPN_SCALE_RANGES": [[1, 36], [24, 72], [48, 400]],
+    "MODEL.FREESOLO.DATA.STRONG_VIEW": True,
+    "MODEL.FREESOLO.DATA.COPY_PASTE": False,
+    "MODEL.FREESOLO.DATA.APPEND_WEAK_VIEW": False,
+    "SOLVER.EMA.ENABLED": False,
 }
 
 
