@@ -8,7 +8,8 @@ def add_self_training_config(cfg: CfgNode) -> None:
     cfg.SELF_TRAINING = CfgNode()
     # Trainings in all: the first on the given masks, each other one on its predecessor's.
     cfg.SELF_TRAINING.ROUNDS = 2
-    # Start each round from the weights of the one before instead of from MODEL.WEIGHTS.
+    # Start each round from the weights of the one before instead of from MODEL.WEIGHTS. With
+    # SOLVER.EMA these are the averaged ones, as for finding masks.
     cfg.SELF_TRAINING.FROM_PREVIOUS = False
     # Which of a trained model's masks the next round learns from.
     cfg.SELF_TRAINING.SCORE_THRESHOLD = 0.3

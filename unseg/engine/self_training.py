@@ -130,11 +130,12 @@ class SelfTraining:
         if (options.masks is None) == (options.discovery_config is None):
             raise SelfTrainingError("give either a file of masks or a discovery config")
         self.given_masks, self.source, self.image_root = _masks_and_images(options)
-        # The device that was found is every stage's: no model runs on another one by its own YAML.
-        self.discovery_opts = ["MODEL.DEVICE", self.cfg.MODEL.DEVICE]
-        self.opts = [*options.opts, *self.discovery_opts]
+        # The learner's device is every stage's, whatever the discoverer's YAML says.
+        device = ["MODEL.DEVICE", self.cfg.MODEL.DEVICE]
+        self.opts = [*options.opts, *device]
+        self.discovery_opts = device
         if options.discovery_weights is not None:
-            self.discovery_opts += ["MODEL.WEIGHTS", options.discovery_weights]
+            self.discovery_opts = [*device, "MODEL.WEIGHTS", options.discovery_weights]
 
     # Where things are.
 

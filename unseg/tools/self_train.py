@@ -45,10 +45,10 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point."""
     arguments = vars(parser().parse_args())
-    resume = arguments.pop("resume")
+    resume, opts = arguments.pop("resume"), arguments.pop("opts")
     setup_logger(name="unseg")
     try:
-        self_train(SelfTrainingOptions(**arguments), resume=resume)
+        self_train(SelfTrainingOptions(opts=tuple(opts), **arguments), resume=resume)
     except (SelfTrainingError, StageError) as error:
         sys.exit(f"error: {error}")
 
