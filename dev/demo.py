@@ -29,7 +29,7 @@ TRAIN_NET = ROOT / "projects/FreeSOLO/train_net.py"
 # lack the categories that all objects of HELDOUT_SET have.
 TRAIN_SET, VAL_SET = "unseg_synthetic_train_heldout", "unseg_synthetic_val_fresh"
 HELDOUT_SET = "unseg_synthetic_val_heldout_fresh"
-ITERATIONS = {"freesolo": 450, "mask_rcnn": 60}  # of each training; --quick halves them
+ITERATIONS = {"freesolo": 320, "mask_rcnn": 60}  # of each training; --quick halves them
 PHOTOGRAPHS = {
     "skimage.data": (
         "astronaut.png",

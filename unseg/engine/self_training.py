@@ -176,6 +176,10 @@ class SelfTraining:
             "DISCOVERY.SCORE_THRESHOLD": self.settings.SCORE_THRESHOLD,
             "DISCOVERY.MAX_MASKS_PER_IMAGE": self.settings.MAX_MASKS_PER_IMAGE,
             "DISCOVERY.MAX_WIDTH": self.settings.MAX_WIDTH,
+            # What the threshold drops anyway need not be brought to the size of the image first.
+            "MODEL.FREESOLO.UPDATE_THR": max(
+                self.cfg.MODEL.FREESOLO.UPDATE_THR, self.settings.SCORE_THRESHOLD
+            ),
         }
         title = f"masks{number} (of round {number}'s model)"
         return self._finding(number, title, self.options.config_file, [*self.opts, *_words(opts)])
