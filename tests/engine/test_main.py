@@ -140,8 +140,20 @@ main(sys.argv[1:], Recording)
 """
 
 
+FREESOLO = CONFIG.with_name("freesolo_tiny.yaml")
+# All that is random in a step and in the mapper.
+ALL_VIEWS = {
+    "MODEL.FREESOLO.DATA.STRONG_VIEW": True,
+    "MODEL.FREESOLO.DATA.COPY_PASTE": True,
+    "MODEL.FREESOLO.DATA.APPEND_WEAK_VIEW": True,
+}
+
+
 @pytest.mark.slow
-def test_kill_9_and_resume_with_a_real_config_and_workers(tmp_path, scenes):
+@pytest.mark.parametrize(
+    ("config", "extra"), [(CONFIG, {}), (FREESOLO, ALL_VIEWS)], ids=["rcnn", "freesolo"]
+)
+def test_kill_9_and_resume_with_a_real_config_and_workers(tmp_path, scenes, config, extra):
     """Losses and weights equal those of the uninterrupted run, bit by bit.
 
     Not read from metrics.json: its numbers are medians over a window that a kill empties.
@@ -155,9 +167,9 @@ def test_kill_9_and_resume_with_a_real_config_and_workers(tmp_path, scenes):
             "SOLVER.MAX_ITER": 8,
             "SOLVER.CHECKPOINT_PERIOD": 3,
             "SOLVER.EMA.ENABLED": True,
-        }
+        } | extra
         opts = [str(x) for item in settings.items() for x in item]
-        flags = ["--config-file", str(CONFIG), "--resume"]
+        flags = ["--config-file", str(config), "--resume"]
         command = [sys.executable, "-c", _SCRIPT, str(Path(__file__).parent)]
         log = open(tmp_path / f"{name}.txt", "a")
         return subprocess.Popen([*command, *flags, *scenes, *opts], stdout=log, stderr=log)
