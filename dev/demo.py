@@ -30,7 +30,7 @@ TRAIN_NET = ROOT / "projects/FreeSOLO/train_net.py"
 TRAIN_SET, VAL_SET = "unseg_synthetic_train_heldout", "unseg_synthetic_val_fresh"
 HELDOUT_SET = "unseg_synthetic_val_heldout_fresh"
 # Of each training; what ten minutes on two slow cores allow. FreeSOLO gains from more.
-ITERATIONS, MASK_RCNN_ITERATIONS = 320, 60
+ITERATIONS, MASK_RCNN_ITERATIONS = 320, 120
 PHOTOGRAPHS = {
     "skimage.data": (
         "astronaut.png",
@@ -149,7 +149,9 @@ def train_mask_rcnn(
         f"train a Mask R-CNN on the free masks (seed {seed}) and evaluate it",
         *(TRAIN_NET, "--config-file", CONFIGS / "pseudo_mask_rcnn_tiny.yaml"),
         *("DATASETS.TRAIN", f"('{masks}@{TRAIN_SET}',)", "DATASETS.TEST", f"('{VAL_SET}',)"),
-        *("SOLVER.MAX_ITER", str(iterations), "SEED", str(seed), "OUTPUT_DIR", output),
+        # Half batches: few large steps would end within the warm-up.
+        *("SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", str(iterations)),
+        *("SEED", str(seed), "OUTPUT_DIR", output),
     )
     last = json.loads((output / "metrics.json").read_text().splitlines()[-1])
     return {
