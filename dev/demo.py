@@ -30,7 +30,7 @@ TRAIN_NET = ROOT / "projects/FreeSOLO/train_net.py"
 TRAIN_SET, VAL_SET = "unseg_synthetic_train_heldout", "unseg_synthetic_val_fresh"
 HELDOUT_SET = "unseg_synthetic_val_heldout_fresh"
 # Of each training; what ten minutes on two slow cores allow. FreeSOLO gains from more.
-ITERATIONS, MASK_RCNN_ITERATIONS = 320, 120
+ITERATIONS, MASK_RCNN_ITERATIONS = 320, 90
 PHOTOGRAPHS = {
     "skimage.data": (
         "astronaut.png",
