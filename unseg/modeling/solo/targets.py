@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CHUNK = 32  # masks of full size are made floats, so many at a time
+
 
 @dataclass(frozen=True)
 class GridSpec:
@@ -66,7 +68,7 @@ def mask_centers(masks: Tensor) -> Tensor:
     Args:
         masks: (N, H, W) bool.
     """
-    # Row and column sums first: two passes over small integers instead of two over float images.
+    # Sums over rows and columns first: the coordinates then meet vectors, not images.
     columns = masks.sum(dim=1, dtype=torch.float32)
     rows = masks.sum(dim=2, dtype=torch.float32)
     area = rows.sum(dim=1).clamp(min=1)
@@ -172,6 +174,11 @@ def downsample_masks(masks: Tensor, stride: int, size: tuple[int, int]) -> Tenso
     if n == 0:
         return masks.new_zeros((0, *size))
     # Channels, not images, of one image: a layout whose resizing is vectorised.
-    small = F.interpolate(masks[None].float(), size=(h, w), mode="bilinear", align_corners=False)
-    small = small[0] >= 0.5
+    small = torch.cat(
+        [
+            F.interpolate(x[None].float(), size=(h, w), mode="bilinear", align_corners=False)[0]
+            >= 0.5
+            for x in masks.split(_CHUNK)
+        ]
+    )
     return F.pad(small, (0, size[1] - w, 0, size[0] - h))
