@@ -9,6 +9,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 
 from unseg.config.common import add_common_config
 from unseg.config.discovery import add_discovery_config
+from unseg.config.exemplar import add_exemplar_config
 from unseg.config.freesolo import add_freesolo_config
 from unseg.config.self_training import add_self_training_config
 
@@ -27,6 +28,7 @@ def add_unseg_config(cfg: CfgNode) -> None:
     add_common_config(cfg)
     add_discovery_config(cfg)
     add_freesolo_config(cfg)
+    add_exemplar_config(cfg)
     add_self_training_config(cfg)
 
 

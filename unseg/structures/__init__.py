@@ -1,6 +1,7 @@
 """Small containers."""
 
 from unseg.layers import PackedMasks
+from unseg.structures.exemplar_pool import Exemplar, ExemplarPool
 from unseg.structures.pseudo_mask import (
     RLE,
     ImageRecord,
@@ -12,6 +13,8 @@ from unseg.structures.pseudo_mask import (
 
 __all__ = [
     "RLE",
+    "Exemplar",
+    "ExemplarPool",
     "ImageRecord",
     "PackedMasks",
     "PseudoMask",
