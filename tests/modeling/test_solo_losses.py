@@ -414,6 +414,8 @@ class Batch:
         image, level, cell, target = columns or [torch.zeros(0, dtype=torch.int64)] * 4
         counts = [sum(row[0] == b for row in self.rows) for b in range(2)]
         targets = Targets(
+            counts=[1, 2],
+            centers=torch.zeros(3, 2),  # not used
             pairs=Pairs(image=image, level=level, cell=cell, target=target, counts=counts),
             masks=torch.from_numpy(self.masks),
             embeddings=torch.from_numpy(self.embeddings).float(),

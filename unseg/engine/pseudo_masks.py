@@ -303,6 +303,7 @@ def job_settings(cfg: CfgNode) -> dict[str, Any]:
     content.defrost()
     content.MODEL.WEIGHTS = ""
     content.MODEL.DEVICE = ""
+    content.MODEL.EXEMPLAR.POOL = ""
     return plain({key: content[key] for key in ("MODEL", "INPUT", "TEST", "DISCOVERY")})
 
 

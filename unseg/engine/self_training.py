@@ -252,6 +252,11 @@ class SelfTraining:
         for node, key in (("MODEL", "DEVICE"), ("DATALOADER", "NUM_WORKERS")):
             del learner[node][key]
         del learner["OUTPUT_DIR"], learner["DATASETS"]["TRAIN"]
+        exemplars = learner["MODEL"]["EXEMPLAR"]
+        if exemplars["POOL"]:
+            if not os.path.isfile(exemplars["POOL"]):
+                raise SelfTrainingError(f"MODEL.EXEMPLAR.POOL {exemplars['POOL']} does not exist")
+            exemplars["POOL"] = file_hash(exemplars["POOL"])
         discovery = None
         if self.options.discovery_config is not None:
             cfg = load_config(self.options.discovery_config, self.discovery_opts)

@@ -1,6 +1,27 @@
 """Models. Importing registers backbones, heads and meta-architectures with Detectron2."""
 
-from unseg.modeling.backbone import FilterBank, build_filter_bank_backbone
-from unseg.modeling.meta_arch import FreeSOLO, MaskDiscovery
+from unseg.modeling.backbone import FilterBank, FPNWithBottomUp, build_filter_bank_backbone
+from unseg.modeling.exemplars import (
+    ExemplarContrast,
+    ExemplarFeatureError,
+    encode_exemplars,
+    find_exemplar_head,
+    with_exemplars,
+)
+from unseg.modeling.meta_arch import ExemplarFreeSOLO, FreeSOLO, MaskDiscovery
+from unseg.modeling.roi_heads import ExemplarROIHeads
 
-__all__ = ["FilterBank", "FreeSOLO", "MaskDiscovery", "build_filter_bank_backbone"]
+__all__ = [
+    "ExemplarContrast",
+    "ExemplarFeatureError",
+    "ExemplarFreeSOLO",
+    "ExemplarROIHeads",
+    "FPNWithBottomUp",
+    "FilterBank",
+    "FreeSOLO",
+    "MaskDiscovery",
+    "build_filter_bank_backbone",
+    "encode_exemplars",
+    "find_exemplar_head",
+    "with_exemplars",
+]

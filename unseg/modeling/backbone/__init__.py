@@ -1,6 +1,16 @@
 """Backbones."""
 
 from unseg.modeling.backbone.filter_bank import FilterBank, build_filter_bank_backbone
-from unseg.modeling.backbone.resnet_fpn import build_resnet_fpn_no_top_backbone
+from unseg.modeling.backbone.resnet_fpn import (
+    FPNWithBottomUp,
+    build_resnet_fpn_no_top_backbone,
+    build_resnet_fpn_with_bottom_up_backbone,
+)
 
-__all__ = ["FilterBank", "build_filter_bank_backbone", "build_resnet_fpn_no_top_backbone"]
+__all__ = [
+    "FPNWithBottomUp",
+    "FilterBank",
+    "build_filter_bank_backbone",
+    "build_resnet_fpn_no_top_backbone",
+    "build_resnet_fpn_with_bottom_up_backbone",
+]

@@ -1,6 +1,7 @@
 """Meta-architectures."""
 
+from unseg.modeling.meta_arch.exemplar_freesolo import ExemplarFreeSOLO
 from unseg.modeling.meta_arch.freesolo import FreeSOLO
 from unseg.modeling.meta_arch.mask_discovery import MaskDiscovery
 
-__all__ = ["FreeSOLO", "MaskDiscovery"]
+__all__ = ["ExemplarFreeSOLO", "FreeSOLO", "MaskDiscovery"]

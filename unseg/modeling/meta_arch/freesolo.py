@@ -153,15 +153,24 @@ class FreeSOLO(nn.Module):
     def _train_step(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         images, instances, bottoms = self._training_views(batched_inputs)
         raw = ImageList.from_tensors(images, self.divisibility)
-        _, predictions = self._predict(raw)
+        features = self._features(raw)
+        _, predictions = self._predict(features, raw.tensor.shape[-2:])
         self._iter += 1
         with torch.autocast(self.device.type, enabled=False):
             targets = self._targets(raw, instances, bottoms, predictions.features.shape[-2:])
             warmup = self.losses.pairwise_warmup_iters
             factor = (self._iter[0] / warmup).clamp(max=1.0) if warmup else 1.0
-            return freesolo_losses(
+            losses = freesolo_losses(
                 predictions, targets, len(self.grid.num_grids), self.losses, factor
             )
+            return losses | self._more_losses(features, predictions, targets)
+
+    def _more_losses(
+        self, features: dict[str, Tensor], predictions: Predictions, targets: Targets
+    ) -> dict[str, Tensor]:
+        """Losses of models that build on this one; `features` are the backbone's outputs."""
+        del features, predictions, targets
+        return {}
 
     def _training_views(
         self, batched_inputs: list[dict[str, Any]]
@@ -196,12 +205,16 @@ class FreeSOLO(nn.Module):
     def _height(x: dict[str, Any]) -> int:
         return x.get("height", x["image"].shape[1])
 
-    def _predict(self, images: ImageList) -> tuple[list[Tensor], Predictions]:
-        """Of a padded batch of raw images the category logits (B, classes, S, S) of each level,
-        and everything for all levels."""
+    def _features(self, images: ImageList) -> dict[str, Tensor]:
+        """The backbone's outputs of a padded batch of raw images."""
         normalized = (images.tensor - self.pixel_mean) / self.pixel_std
-        features = self.backbone(normalized * self._inside(images)[:, None])
-        categories, kernels, embeddings = self.ins_head(features, images.tensor.shape[-2:])
+        return self.backbone(normalized * self._inside(images)[:, None])
+
+    def _predict(
+        self, features: dict[str, Tensor], image_size: tuple[int, int]
+    ) -> tuple[list[Tensor], Predictions]:
+        """The category logits (B, classes, S, S) of each level, and everything for all levels."""
+        categories, kernels, embeddings = self.ins_head(features, image_size)
         return categories, Predictions(
             flatten_levels(categories),
             flatten_levels(kernels),
@@ -227,14 +240,14 @@ class FreeSOLO(nn.Module):
         mask_size: tuple[int, int],
     ) -> Targets:
         stride = self.mask_head.stride
-        assigned, masks, embeddings = [], [], []
+        assigned, masks, embeddings, centers = [], [], [], []
         for objects in instances:
             bits = objects.gt_masks.tensor
-            centers = mask_centers(bits)
+            centers.append(mask_centers(bits))
             assigned.append(
                 assign_cells(
                     objects.gt_boxes.tensor,
-                    centers,
+                    centers[-1],
                     bits.flatten(1).any(dim=1),
                     images.tensor.shape[-2:],
                     self.grid,
@@ -245,7 +258,9 @@ class FreeSOLO(nn.Module):
         colors = images.tensor if self.input_format == "RGB" else images.tensor.flip(1)
         valid = self._inside(images, bottoms)[:, stride // 2 :: stride, stride // 2 :: stride]
         return Targets(
+            counts=[len(objects) for objects in instances],
             pairs=make_pairs(assigned),
+            centers=torch.cat(centers),
             masks=torch.cat(masks),
             embeddings=torch.cat(embeddings),
             lab=downsample_colors(colors, stride),
@@ -262,7 +277,7 @@ class FreeSOLO(nn.Module):
         images = ImageList.from_tensors(
             [x["image"].to(self.device, torch.float32) for x in batched_inputs], self.divisibility
         )
-        categories, predictions = self._predict(images)
+        categories, predictions = self._predict(self._features(images), images.tensor.shape[-2:])
         with torch.autocast(self.device.type, enabled=False):
             return self._detect(batched_inputs, images, categories, predictions)
 

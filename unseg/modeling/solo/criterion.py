@@ -67,14 +67,18 @@ class Targets:
     """What a batch should be.
 
     Attributes:
+        counts: objects of each of the B images, on the host.
         pairs: which cells learn which objects.
+        centers: (N, 2), the objects' centres of mass as (x, y) pixel indices of the images.
         masks: (N, h, w) bool.
         embeddings: (N, D) float32; rows of zeros where an object has none.
         lab: (B, 3, h, w), colours of the image at mask resolution.
         valid: (B, h, w) bool, pixels that pairwise terms may use as neighbours.
     """
 
+    counts: Sequence[int]
     pairs: Pairs
+    centers: Tensor
     masks: Tensor
     embeddings: Tensor
     lab: Tensor

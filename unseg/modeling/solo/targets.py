@@ -147,6 +147,37 @@ def make_pairs(assigned: Sequence[Tensor]) -> Pairs:
     )
 
 
+def nearest_pairs(pairs: Pairs, centers: Tensor, size: tuple[int, int], spec: GridSpec) -> Tensor:
+    """For each object the pair whose cell's centre is the nearest to the object's.
+
+    Args:
+        pairs: of the batch.
+        centers: (N, 2) of all objects of the batch, see :func:`mask_centers`.
+        size: (H, W) that the grids cover.
+        spec: levels and grids.
+
+    Returns:
+        (N,) int64, the first of equally near ones, -1 for objects without a pair.
+    """
+    device = centers.device
+    grids = torch.tensor(spec.num_grids, device=device)
+    offsets = torch.cumsum(grids**2, 0) - grids**2
+    grid, cell = grids[pairs.level], pairs.cell - offsets[pairs.level]
+    column_row = torch.stack([cell % grid, cell // grid], dim=1)
+    extent = torch.tensor([size[1], size[0]], dtype=torch.float64, device=device)
+    points = (column_row + 0.5) * extent / grid[:, None]
+    # Pixel indices are the pixels' upper left corners.
+    distance = (points - centers[pairs.target].double() - 0.5).norm(dim=1)
+    none = len(pairs)
+    least = distance.new_full((len(centers),), torch.inf)
+    least.scatter_reduce_(0, pairs.target, distance, reduce="amin")
+    index = torch.arange(none, device=device)
+    candidates = torch.where(distance == least[pairs.target], index, none)
+    first = pairs.target.new_full((len(centers),), none)
+    first.scatter_reduce_(0, pairs.target, candidates, reduce="amin")
+    return torch.where(first < none, first, -1)
+
+
 def last_object_of_cells(pairs: Pairs, num_images: int, num_cells: int) -> Tensor:
     """(B, K) int64: the last object (in order of the batch) that claims each cell, -1 for none.
 
