@@ -15,6 +15,7 @@ from torch import nn
 from unseg.checkpoint import CheckpointError, SafeCheckpointer
 from unseg.data import build_test_loader, build_train_loader
 from unseg.data.sampling import ResumableLoader
+from unseg.engine.exemplars import ExemplarHook, attach_exemplars
 from unseg.engine.hooks import BatchWatch, EMAHook, StepSeeds, TrainingPictures, unwrap
 from unseg.engine.optimizer import build_optimizer
 from unseg.evaluation import build_evaluator
@@ -73,6 +74,9 @@ class Trainer(DefaultTrainer):
         self._ema = None
         self._restored = False
         own: list[HookBase] = [StepSeeds()]
+        head = attach_exemplars(unwrap(self.model), self.cfg)
+        if head is not None:
+            own.append(ExemplarHook(head))
         if self.cfg.SOLVER.EMA.ENABLED:
             # Before Detectron2's hooks, so that checkpoints hold the average after their step.
             self._ema = EMAHook(self.model, self.cfg.SOLVER.EMA.DECAY)

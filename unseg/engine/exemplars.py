@@ -1,0 +1,78 @@
+"""The exemplar pool of a training: read, kept up to date across kills, its use in the log."""
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from torch import nn
+
+from unseg.discovery import ExemplarError, load_exemplar_pool
+from unseg.modeling import find_exemplar_head, with_exemplars
+from unseg.modeling.exemplars import ExemplarContrast
+
+_LOG_PERIOD = 20  # steps, as Detectron2's own
+
+
+def attach_exemplars(model: nn.Module, cfg: CfgNode) -> ExemplarContrast | None:
+    """Give a model's exemplar head the pool of ``MODEL.EXEMPLAR.POOL``.
+
+    Returns:
+        the head, or None for models that have none (or one of weight 0).
+
+    Raises:
+        ExemplarError: there is no pool, or its file cannot be read.
+    """
+    head = find_exemplar_head(model)
+    if head is None:
+        return None
+    exemplar = cfg.MODEL.EXEMPLAR
+    if not exemplar.POOL:
+        raise ExemplarError(
+            "MODEL.EXEMPLAR.POOL is empty: training needs an exemplar pool, a file of "
+            "python -m unseg.tools.build_exemplars"
+        )
+    pool = load_exemplar_pool(exemplar.POOL, exemplar.PER_CATEGORY)
+    with_exemplars(
+        model,
+        pool,
+        update_period=exemplar.UPDATE_PERIOD,
+        batch_size=exemplar.BUILD.BATCH_SIZE,
+    )
+    return head
+
+
+class ExemplarHook(HookBase):
+    """Keeps the pool's embeddings in checkpoints; logs how many objects find exemplars.
+
+    Means over the last steps of this rank, per step: ``exemplar/objects``, ``.../positives``
+    (objects with a positive exemplar), ``.../used`` (those with negatives as well, which the loss
+    is about), and ``.../negatives``, per object.
+    """
+
+    def __init__(self, head: ExemplarContrast):
+        """
+        Args:
+            head: has a pool.
+        """
+        self.head = head
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % _LOG_PERIOD:
+            return
+        objects, positives, used, negatives = self.head.tally.tolist()
+        self.head.tally.zero_()
+        self.trainer.storage.put_scalars(
+            smoothing_hint=False,
+            **{
+                "exemplar/objects": objects / _LOG_PERIOD,
+                "exemplar/positives": positives / _LOG_PERIOD,
+                "exemplar/used": used / _LOG_PERIOD,
+                "exemplar/negatives": negatives / max(objects, 1),
+            },
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.head.encoder.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.head.encoder.load_state_dict(state)
