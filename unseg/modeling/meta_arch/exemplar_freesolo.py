@@ -9,10 +9,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor
 
-from unseg.modeling.exemplars import ExemplarContrast, find_feature
+from unseg.modeling.exemplars import ExemplarContrast, find_feature, with_exemplars
 from unseg.modeling.meta_arch.freesolo import FreeSOLO
 from unseg.modeling.solo.criterion import Predictions, Targets, mask_logits
 from unseg.modeling.solo.targets import nearest_pairs
+from unseg.structures import ExemplarPool
 
 
 @META_ARCH_REGISTRY.register()
@@ -23,14 +24,26 @@ class ExemplarFreeSOLO(FreeSOLO):
     """
 
     @configurable
-    def __init__(self, *, exemplars: ExemplarContrast, **freesolo: Any):
+    def __init__(
+        self,
+        *,
+        exemplars: ExemplarContrast,
+        pool: ExemplarPool | None = None,
+        update_period: int = 500,
+        pool_batch_size: int = 8,
+        **freesolo: Any,
+    ):
         """
         Args:
             exemplars: the head; with a weight of 0 this is FreeSOLO.
+            pool, update_period, pool_batch_size: see :func:`unseg.modeling.with_exemplars`. Without
+                a pool that function gives one to the model before it is trained.
             freesolo: see :class:`FreeSOLO`; the backbone has the head's feature among its outputs.
         """
         super().__init__(**freesolo)
         self.exemplars = exemplars
+        if pool is not None:
+            with_exemplars(self, pool, update_period=update_period, batch_size=pool_batch_size)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
