@@ -28,6 +28,8 @@ Segmenter = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 # GrabCut takes seconds for a photograph of some megapixels and milliseconds for one of this size.
 _GRABCUT_SIDE = 512
+# Components of its colour models; some versions of OpenCV fail on fewer pixels than that.
+_GRABCUT_COLOURS = 5
 # Initialisations of k-means; it keeps the best.
 _KMEANS_STARTS = 3
 
@@ -116,19 +118,13 @@ def coarse_foreground(image: np.ndarray, settings: ExemplarSettings) -> np.ndarr
     small = _resize(image, min(1.0, _GRABCUT_SIDE / max(height, width)))
     margins = [max(1, round(settings.grabcut_margin * side)) for side in small.shape[:2]]
     inner = [side - 2 * margin for side, margin in zip(small.shape, margins)]
-    if min(inner) < 1:
+    if min(inner) < 1 or inner[0] * inner[1] < _GRABCUT_COLOURS:
         return None
     labels = np.zeros(small.shape[:2], dtype=np.uint8)
     rectangle = (margins[1], margins[0], inner[1], inner[0])
     cv2.setRNGSeed(0)  # its k-means draws from a generator that whoever ran before has advanced
-    try:
-        cv2.grabCut(
-            small, labels, rectangle, None, None, settings.grabcut_iterations, cv2.GC_INIT_WITH_RECT
-        )
-    except cv2.error as error:
-        if error.code != cv2.Error.StsAssert:  # such as memory
-            raise
-        return None
+    iterations = settings.grabcut_iterations
+    cv2.grabCut(small, labels, rectangle, None, None, iterations, cv2.GC_INIT_WITH_RECT)
     found = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
     # Of the inner part: with a border of 10 %, the whole inner part is but 64 % of the image.
     if found.sum() > settings.max_foreground * inner[0] * inner[1]:
@@ -188,15 +184,17 @@ def _resize(array: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _padded_box(mask: np.ndarray, pad: float) -> tuple[int, int, int, int]:
-    """The box (x0, y0, x1, y1) around a mask and `pad` of its sides on each side of it."""
-    limits = []
-    for axis in (0, 1):  # x, y
-        occupied = np.flatnonzero(mask.any(axis=axis))
-        begin, end = int(occupied[0]), int(occupied[-1]) + 1
-        border = round(pad * (end - begin))
-        limits.append((max(0, begin - border), min(len(mask.any(axis=axis)), end + border)))
-    (x0, x1), (y0, y1) = limits
+    """The box (x0, y0, x1, y1) of a mask, wider by `pad` of its sides on each side of it."""
+    x0, x1 = _padded_range(mask.any(axis=0), pad)
+    y0, y1 = _padded_range(mask.any(axis=1), pad)
     return x0, y0, x1, y1
+
+
+def _padded_range(occupied: np.ndarray, pad: float) -> tuple[int, int]:
+    where = np.flatnonzero(occupied)
+    begin, end = int(where[0]), int(where[-1]) + 1
+    border = round(pad * (end - begin))
+    return max(0, begin - border), min(len(occupied), end + border)
 
 
 def _choose_mask(
