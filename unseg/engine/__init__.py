@@ -1,5 +1,6 @@
 """Training, evaluation and dataset-wide work."""
 
+from unseg.engine.build_exemplars import build_exemplars
 from unseg.engine.find_masks import find_masks, find_masks_parser
 from unseg.engine.main import main
 from unseg.engine.optimizer import build_optimizer
@@ -27,6 +28,7 @@ __all__ = [
     "StageError",
     "Trainer",
     "WorkDir",
+    "build_exemplars",
     "build_optimizer",
     "find_masks",
     "find_masks_parser",

@@ -21,12 +21,20 @@ from unseg.engine.pseudo_masks import (
     images_in_folder,
     images_of_dataset,
 )
+from unseg.engine.sharded_map import WorkDir
 
 logger = logging.getLogger(__name__)
 
 
-def find_masks_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """The flags of :func:`find_masks` and of its launch."""
+def find_masks_parser(
+    description: str | None = None, *, output: str = "the JSON file to write"
+) -> argparse.ArgumentParser:
+    """The flags of :func:`find_masks` (and of other jobs like it) and of its launch.
+
+    Args:
+        description: of the command.
+        output: what ``--output`` is.
+    """
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,7 +42,7 @@ def find_masks_parser(description: str | None = None) -> argparse.ArgumentParser
     source = result.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="DIR", help="a folder of images, with its subfolders")
     source.add_argument("--dataset", metavar="NAME", help="a registered name, or x.json@DIR")
-    result.add_argument("--output", required=True, metavar="FILE", help="the JSON file to write")
+    result.add_argument("--output", required=True, metavar="FILE", help=output)
     result.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     result.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
     result.add_argument("--num-shards", type=int, default=0, help="independent processes in all")
@@ -58,7 +66,7 @@ def find_masks(args: argparse.Namespace, log: str | None = None) -> None:
     for name in ("unseg", "fvcore"):
         setup_logger(log, distributed_rank=comm.get_rank(), name=name)
     weights = "random" if args.random_weights else None  # the file must not claim other ones
-    job = PseudoMaskJob(cfg, _image_source(cfg, args), args.output, weights=weights)
+    job = PseudoMaskJob(cfg, image_source(cfg, args), args.output, weights=weights)
     independent = args.num_shards > 0
     if (args.resume or independent) and job.is_written():
         logger.info("%s is complete; delete it to find its masks again", args.output)
@@ -69,14 +77,8 @@ def find_masks(args: argparse.Namespace, log: str | None = None) -> None:
     model = build_model(cfg)
     if not args.random_weights:
         load_weights(model, cfg.MODEL.WEIGHTS)
-    missing = job.work_dir.missing()
-    if independent:
-        units = [unit for unit in missing if unit % args.num_shards == args.shard]
-        job.run(model, units, name=f"{args.shard:05d}-of-{args.num_shards:05d}")
-    else:
-        # All ranks deal out the list that the first one saw, for they begin at different times.
-        units = comm.all_gather(missing)[0][comm.get_rank() :: comm.get_world_size()]
-        job.run(model, units, name=f"rank-{comm.get_rank():05d}")
+    units, name = share_of_process(args, job.work_dir)
+    job.run(model, units, name=name)
     comm.synchronize()
     if not comm.is_main_process():
         return
@@ -85,7 +87,18 @@ def find_masks(args: argparse.Namespace, log: str | None = None) -> None:
         _report(statistics, args.output)
 
 
-def _image_source(cfg: CfgNode, args: argparse.Namespace) -> ImageSource:
+def share_of_process(args: argparse.Namespace, work_dir: WorkDir) -> tuple[list[int], str]:
+    """The missing units that this process does, and its name; all ranks of a launch call it."""
+    missing = work_dir.missing()
+    if args.num_shards > 0:
+        units = [unit for unit in missing if unit % args.num_shards == args.shard]
+        return units, f"{args.shard:05d}-of-{args.num_shards:05d}"
+    # All ranks deal out the list that the first one saw, for they begin at different times.
+    units = comm.all_gather(missing)[0][comm.get_rank() :: comm.get_world_size()]
+    return units, f"rank-{comm.get_rank():05d}"
+
+
+def image_source(cfg: CfgNode, args: argparse.Namespace) -> ImageSource:
     """The images that the command line names."""
     if args.dataset:
         return images_of_dataset(register_if_file(args.dataset))

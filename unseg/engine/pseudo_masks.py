@@ -5,11 +5,11 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from unseg.engine.sharded_map import WorkDir, sharded_map
 from unseg.structures import ImageRecord, PseudoMask, make_pseudo_masks
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def images_of_dataset(name: str) -> ImageSource:
     return ImageSource(root, images)
 
 
-class _Loader:
+class ImageLoader:
     """Loads unit i: a fixed batch from the list of images sorted by size."""
 
     def __init__(self, cfg: CfgNode, source: ImageSource):
@@ -218,12 +220,12 @@ class PseudoMaskJob:
         """
         self.source = source
         self.output = Path(output)
-        self.loader = _Loader(cfg, source)
+        self.loader = ImageLoader(cfg, source)
         self.cfg = cfg
         self.info = {
             "settings": job_settings(cfg),
             "weights": weights_hash(cfg.MODEL.WEIGHTS if weights is None else weights),
-            "images": _list_hash(source.images),
+            "images": list_hash(source.images),
         }
         self.work_dir = WorkDir(f"{self.output}.parts", self.info, len(self.loader.units))
 
@@ -256,20 +258,7 @@ class PseudoMaskJob:
         Returns:
             None if units are still missing (the log says how many) or another process collected.
         """
-        with self.work_dir.lock() as locked:
-            if not locked:
-                logger.info("another process has written %s", self.output)
-                return None
-            missing = len(self.work_dir.missing())
-            if missing:
-                logger.info(
-                    "%d of %d batches are still to be done by other processes; run one of them "
-                    "again if it has died",
-                    missing,
-                    self.work_dir.num_units,
-                )
-                return None
-            return self.collect()
+        return collect_if_complete(self.work_dir, self.output, self.collect)
 
     def collect(self) -> MaskStatistics:
         """Write the output file from the finished units and remove the work folder."""
@@ -296,6 +285,30 @@ class PseudoMaskJob:
                 )
 
 
+def collect_if_complete(
+    work_dir: WorkDir, output: str | os.PathLike, collect: Callable[[], _T]
+) -> _T | None:
+    """What `collect`, which ends with the removal of the work folder, makes of finished work.
+
+    Returns:
+        None if units are still missing (the log says how many) or another process collected.
+    """
+    with work_dir.lock() as locked:
+        if not locked:
+            logger.info("another process has written %s", output)
+            return None
+        missing = len(work_dir.missing())
+        if missing:
+            logger.info(
+                "%d of %d batches are still to be done by other processes; run one of them "
+                "again if it has died",
+                missing,
+                work_dir.num_units,
+            )
+            return None
+        return collect()
+
+
 def job_settings(cfg: CfgNode) -> dict[str, Any]:
     """The parts of a config that masks depend on, without paths and process counts, as JSON has
     them."""
@@ -314,7 +327,8 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def _list_hash(images: Sequence[ImageRecord]) -> str:
+def list_hash(images: Sequence[ImageRecord]) -> str:
+    """sha256 of names, sizes and ids."""
     digest = hashlib.sha256()
     for image in images:
         entry = (image.file_name, image.height, image.width, image.image_id)
