@@ -12,6 +12,7 @@ from unseg.modeling.losses import (
     choose_exemplars,
     compare_with_exemplars,
     exemplar_contrastive_loss,
+    largest_exemplar_loss,
 )
 
 
@@ -223,3 +224,12 @@ class _Loss(torch.nn.Module):
 
     def forward(self, instances, pool):
         return exemplar_contrastive_loss(instances, pool, **SETTINGS)
+
+
+@given(st.integers(0, 10_000), st.floats(-0.2, 0.95), st.floats(0.0, 0.6), st.floats(0.05, 2.0))
+def test_no_loss_is_above_the_bound(seed, alpha, gap, temperature):
+    instances, pool = vectors(seed, 8, 5)
+    bound = largest_exemplar_loss(alpha, alpha - gap, temperature)
+    assert bound == pytest.approx(math.log(1 + math.exp(-gap / temperature)))
+    for value in losses_by_loops(instances, pool, alpha, alpha - gap, temperature):
+        assert value <= bound + 1e-12

@@ -18,10 +18,13 @@ from torch import nn
 
 from unseg.config import load_config
 from unseg.data import build_mapper
+from unseg.discovery import save_exemplar_pool
+from unseg.engine.exemplars import attach_exemplars
 from unseg.engine.optimizer import build_optimizer
+from unseg.structures import Exemplar, ExemplarPool
 
-FOLDER = ROOT / "projects/FreeSOLO/configs"
-YAML, LAZY = FOLDER / "freesolo_R_50.yaml", FOLDER / "freesolo_R_50.py"
+# Each .py is the .yaml of its name.
+CONFIGS = sorted((ROOT / "projects").glob("*/configs/*.py"))
 # What QUICK and SHALLOW are for the YAMLs.
 QUICK = (
     "dataloader.train.dataset.names=[quick_train]",
@@ -45,12 +48,42 @@ QUICK = (
 )
 
 
-def load(*overrides):
-    return LazyConfig.apply_overrides(LazyConfig.load(str(LAZY)), list(overrides))
+@pytest.fixture(params=CONFIGS, ids=lambda p: p.stem)
+def path(request):
+    return request.param
 
 
-def quick():
-    cfg = load(*QUICK)
+@pytest.fixture(scope="module")
+def pool_file(tmp_path_factory):
+    """Two exemplars."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
+    mask = np.ones((40, 40), dtype=bool)
+    embedding = np.eye(512, dtype=np.float32)[0]
+    exemplars = [
+        Exemplar(image, mask, f"category {n}", "x.jpg", (0, 0, 40, 40), "whole", embedding)
+        for n, image in enumerate(images)
+    ]
+    file = tmp_path_factory.mktemp("pool") / "pool.npz"
+    save_exemplar_pool(file, ExemplarPool(tuple(exemplars)))
+    return file
+
+
+def load(path, *overrides):
+    """The lazy config; where it has an exemplar pool, without it."""
+    cfg = LazyConfig.load(str(path))
+    if "pool" in cfg.model:
+        cfg.model.pool = None
+    return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def quick(path, pool_file):
+    cfg = load(path, *QUICK)
+    if "pool" in cfg.model:
+        cfg.model.pool = LazyConfig.load(str(path)).model.pool
+        cfg.model.pool.path = str(pool_file)
+        # Of untrained features, which are alike.
+        cfg.model.exemplars.alpha = cfg.model.exemplars.beta = 0.9
     # The blocks of a ResNet-18 have no such choice.
     del cfg.model.backbone.bottom_up.stages.stride_in_1x1
     return cfg
@@ -86,11 +119,16 @@ def test_plain():
     assert (norm["num_groups"], norm["num_channels"], norm["eps"]) == (2, 4, 0.5)
 
 
-def test_same_model():
+def test_there_are_lazy_configs():
+    assert {p.stem for p in CONFIGS} >= {"freesolo_R_50", "exemplar_freesolo_R_50"}
+    assert all(p.with_suffix(".yaml").is_file() for p in CONFIGS)
+
+
+def test_same_model(path):
     """Modules, parameters and every number that a module keeps."""
-    cfg = load_config(str(YAML), ["MODEL.DEVICE", "meta"])
+    cfg = load_config(str(path.with_suffix(".yaml")), ["MODEL.DEVICE", "meta"])
     with torch.device("meta"):
-        expected, model = build_model(cfg), instantiate(load().model)
+        expected, model = build_model(cfg), instantiate(load(path).model)
     assert str(model) == str(expected)
     ours, theirs = modules(model), modules(expected)
     assert ours.keys() == theirs.keys()
@@ -116,9 +154,13 @@ def example(size=(96, 128)):
 
 
 @pytest.mark.usefixtures("quick_datasets")
-def test_same_outputs(tmp_path):
-    expected = build_model(quick_config(YAML, tmp_path))
-    model = instantiate(quick().model)
+def test_same_outputs(path, tmp_path, pool_file):
+    cfg = quick_config(path.with_suffix(".yaml"), tmp_path).clone()
+    cfg.defrost()
+    cfg.MODEL.EXEMPLAR.merge_from_list(["POOL", str(pool_file), "ALPHA", 0.9, "BETA", 0.9])
+    expected = build_model(cfg)
+    attach_exemplars(expected, cfg)
+    model = instantiate(quick(path, pool_file).model)
     model.load_state_dict(expected.state_dict())
     assert torch.equal(model.pixel_mean, expected.pixel_mean)
     assert torch.equal(model.pixel_std, expected.pixel_std)
@@ -129,7 +171,7 @@ def test_same_outputs(tmp_path):
         losses.append(m([example(), example()]))
     assert losses[0].keys() == losses[1].keys()
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
-    assert all(losses[0][name] > 0 for name in losses[0])
+    assert all(losses[0][name] > 0 for name in losses[0] if name != "loss_exemplar")
     (first,), (second,) = expected.eval()([example()]), model.eval()([example()])
     assert len(first["instances"]) > 0
     for name, value in first["instances"].get_fields().items():
@@ -138,9 +180,9 @@ def test_same_outputs(tmp_path):
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-def test_same_mapper(is_train):
-    expected = build_mapper(load_config(str(YAML)), is_train)
-    mapper = instantiate(load().dataloader["train" if is_train else "test"].mapper)
+def test_same_mapper(path, is_train):
+    expected = build_mapper(load_config(str(path.with_suffix(".yaml"))), is_train)
+    mapper = instantiate(load(path).dataloader["train" if is_train else "test"].mapper)
     ours, theirs = settings(mapper), settings(expected)
     if not is_train:  # annotations are not read
         unused = ("class_agnostic", "strong_view_settings", "embedding_dim", "boxes")
@@ -152,8 +194,8 @@ def test_same_mapper(is_train):
         assert settings(ours) == settings(theirs)
 
 
-def test_same_data_and_schedule():
-    cfg, lazy = load_config(str(YAML)), load()
+def test_same_data_and_schedule(path):
+    cfg, lazy = load_config(str(path.with_suffix(".yaml"))), load(path)
     names = [x.name for x in lazy.dataloader.train.dataset.names]
     assert names == list(cfg.DATASETS.TRAIN)
     assert [lazy.dataloader.test.dataset.names.name] == list(cfg.DATASETS.TEST)
@@ -166,9 +208,18 @@ def test_same_data_and_schedule():
     assert not cfg.SOLVER.CLIP_GRADIENTS.ENABLED
 
 
-def test_same_optimizer(tmp_path):
+def test_same_pool_and_schedule_of_it():
+    path = next(p for p in CONFIGS if p.stem == "exemplar_freesolo_R_50")
+    exemplar = load_config(str(path.with_suffix(".yaml"))).MODEL.EXEMPLAR
+    model = LazyConfig.load(str(path)).model
+    assert (model.pool.path, model.pool.per_category) == (exemplar.POOL, exemplar.PER_CATEGORY)
+    assert model.update_period == exemplar.UPDATE_PERIOD
+    assert model.pool_batch_size == exemplar.BUILD.BATCH_SIZE
+
+
+def test_same_optimizer(path):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
-    cfg, lazy = load_config(str(YAML)), load()
+    cfg, lazy = load_config(str(path.with_suffix(".yaml"))), load(path)
     expected = build_optimizer(cfg, model)
     lazy.optimizer.params.model = model
     optimizer = instantiate(lazy.optimizer)
@@ -200,8 +251,8 @@ def test_same_optimizer(tmp_path):
 
 
 @pytest.mark.usefixtures("quick_datasets")
-def test_trains_and_evaluates(tmp_path):
-    cfg = quick()
+def test_trains_and_evaluates(path, tmp_path, pool_file):
+    cfg = quick(path, pool_file)
     cfg.train.output_dir = str(tmp_path)
     model = instantiate(cfg.model)
     cfg.optimizer.params.model = model

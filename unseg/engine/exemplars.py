@@ -1,5 +1,6 @@
 """The exemplar pool of a training: read, kept up to date across kills, its use in the log."""
 
+import logging
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -9,8 +10,13 @@ from torch import nn
 from unseg.discovery import ExemplarError, load_exemplar_pool
 from unseg.modeling import find_exemplar_head, with_exemplars
 from unseg.modeling.exemplars import ExemplarContrast
+from unseg.modeling.losses import largest_exemplar_loss
+
+logger = logging.getLogger(__name__)
 
 _LOG_PERIOD = 20  # steps, as Detectron2's own
+# A weighted loss below this does nothing beside FreeSOLO's, which are around 1.
+_IDLE_LOSS = 0.05
 
 
 def attach_exemplars(model: nn.Module, cfg: CfgNode) -> ExemplarContrast | None:
@@ -32,6 +38,20 @@ def attach_exemplars(model: nn.Module, cfg: CfgNode) -> ExemplarContrast | None:
             "python -m unseg.tools.build_exemplars"
         )
     pool = load_exemplar_pool(exemplar.POOL, exemplar.PER_CATEGORY)
+    logger.info(
+        "%d exemplars of %d categories", len(pool), len({x.category for x in pool.exemplars})
+    )
+    bound = head.weight * largest_exemplar_loss(head.alpha, head.beta, head.temperature)
+    if bound < _IDLE_LOSS:
+        logger.warning(
+            "no object's loss_exemplar can be above %.2g, which will hardly change the model: "
+            "bring MODEL.EXEMPLAR.ALPHA %g and BETA %g closer to each other or raise TEMPERATURE %g "
+            "(unseg.tools.exemplar_similarity helps)",
+            bound,
+            head.alpha,
+            head.beta,
+            head.temperature,
+        )
     with_exemplars(
         model,
         pool,

@@ -29,7 +29,11 @@ from unseg.engine.exemplars import attach_exemplars
 from unseg.engine.find_masks import load_weights
 from unseg.modeling import ExemplarFeatureError
 from unseg.modeling.exemplars import ExemplarContrast
-from unseg.modeling.losses import choose_exemplars, compare_with_exemplars
+from unseg.modeling.losses import (
+    choose_exemplars,
+    compare_with_exemplars,
+    largest_exemplar_loss,
+)
 
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 
@@ -105,12 +109,14 @@ def make_table(head: ExemplarContrast, objects: Tensor) -> str:
     table = tabulate(rows, ["quantile", *columns], tablefmt="pipe", floatfmt=".3f")
     positive, _, negatives = choose_exemplars(similarities, head.alpha, head.beta)
     used = positive & negatives.any(dim=1)
+    bound = largest_exemplar_loss(head.alpha, head.beta, head.temperature)
     return (
         f"{len(objects)} objects, {len(pool)} exemplars of length {pool.shape[1]}\n\n{table}\n\n"
         f"MODEL.EXEMPLAR.ALPHA {head.alpha}: {_percent(positive)} of the objects have a positive\n"
         f"MODEL.EXEMPLAR.BETA {head.beta}: {_percent(negatives)} of all pairs are negative, "
         f"{_percent(negatives.any(dim=1))} of the objects have one\n"
-        f"the loss is about the {_percent(used)} of the objects that have both"
+        f"the loss is about the {_percent(used)} of the objects that have both, and no object's is "
+        f"above {bound:.3g} (MODEL.EXEMPLAR.TEMPERATURE {head.temperature}, before the weight)"
     )
 
 

@@ -5,6 +5,7 @@ from unseg.modeling.losses.exemplar import (
     choose_exemplars,
     compare_with_exemplars,
     exemplar_contrastive_loss,
+    largest_exemplar_loss,
 )
 from unseg.modeling.losses.pairwise import (
     color_edges,
@@ -24,6 +25,7 @@ __all__ = [
     "downsample_colors",
     "exemplar_contrastive_loss",
     "half_neighbourhood",
+    "largest_exemplar_loss",
     "max_projection_loss",
     "pairwise_affinity",
 ]

@@ -102,6 +102,14 @@ def exemplar_contrastive_loss(
     return total / counts.sum().clamp(min=1) if reduction == "mean" else total
 
 
+def largest_exemplar_loss(alpha: float, beta: float, temperature: float) -> float:
+    """What no object's loss is above: its positive is above alpha, its negatives are below beta.
+
+    With thresholds far apart and a low temperature it is so near 0 that nothing is learned.
+    """
+    return math.log1p(math.exp((beta - alpha) / temperature))
+
+
 def check_thresholds(alpha: float, beta: float, temperature: float, reduction: str) -> None:
     """Raise ValueError, with the name, for settings of no such loss."""
     if not -1 <= beta <= alpha <= 1:
