@@ -45,7 +45,7 @@ def attach_exemplars(model: nn.Module, cfg: CfgNode) -> ExemplarContrast | None:
     if bound < _IDLE_LOSS:
         logger.warning(
             "no object's loss_exemplar can be above %.2g, which will hardly change the model: "
-            "bring MODEL.EXEMPLAR.ALPHA %g and BETA %g closer to each other or raise TEMPERATURE %g "
+            "bring MODEL.EXEMPLAR.ALPHA %g, BETA %g closer to each other or raise TEMPERATURE %g "
             "(unseg.tools.exemplar_similarity helps)",
             bound,
             head.alpha,
