@@ -22,7 +22,18 @@ def write_report(
     titles: Mapping[str, str],
     reference: str,
 ) -> str:
-    """Write results.json, table.md and plot.png of the arms that have titles; returns the table."""
+    """Write results.json, table.md and plot.png of the arms that have titles.
+
+    Args:
+        folder: where to.
+        results: the numbers.
+        settings: noted in results.json.
+        titles: what to call the arms, in the order of the table.
+        reference: the arm that the others are compared with.
+
+    Returns:
+        the table.
+    """
     results = {arm: results[arm] for arm in titles if arm in results}
     summary = summarize(results, reference)
     table = make_table(summary, titles, reference)

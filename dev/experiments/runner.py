@@ -178,12 +178,7 @@ class Experiment:
         return {arm: dict(sorted(seeds.items())) for arm, seeds in results.items()}
 
     def report(self, titles: Mapping[str, str], reference: str) -> str:
-        """Write results.json, table.md and plot.png of :meth:`results`; returns the table.
-
-        Args:
-            titles: what to call the arms, in the order of the table.
-            reference: the arm that the others are compared with.
-        """
+        """Write results.json, table.md and plot.png; returns the table, arms in titles' order."""
         return write_report(self.folder, self.results(), self.settings, titles, reference)
 
 
