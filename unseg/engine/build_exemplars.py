@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from unseg.checkpoint import weights_hash
+from unseg.checkpoint import CheckpointError, weights_hash
 from unseg.config import load_config
 from unseg.data import register_datasets_in_config
 from unseg.data.image import EXTENSIONS
@@ -64,7 +65,7 @@ def build_exemplars(args: argparse.Namespace, log: str | None = None) -> None:
             name is wrong. The output is what it was before.
     """
     with _as_exemplar_errors():
-        cfg = load_config(args.config_file, args.opts)
+        cfg = _load_config(args)
         register_datasets_in_config(cfg)
         for name in ("unseg", "fvcore"):
             setup_logger(log, distributed_rank=comm.get_rank(), name=name)
@@ -86,10 +87,19 @@ def _as_exemplar_errors() -> Iterator[None]:
     """What is wrong with settings is the user's to know, not a failure of the program."""
     try:
         yield
+    except CheckpointError:
+        raise
     except KeyError as error:  # unknown keys, data sets, mappers
         raise ExemplarError(str(error.args[0])) from error
     except ValueError as error:
         raise ExemplarError(str(error)) from error
+
+
+def _load_config(args: argparse.Namespace) -> CfgNode:
+    try:
+        return load_config(args.config_file, args.opts)
+    except (AssertionError, yaml.YAMLError) as error:  # fvcore's, for wrong overrides
+        raise ExemplarError(f"{args.config_file}: {error}") from error
 
 
 def _load_model(cfg: CfgNode, random_weights: bool) -> nn.Module:
@@ -338,7 +348,7 @@ def _report(pool: ExemplarPool, output: str, wanted: dict[str, int]) -> None:
     if few:
         more = ", ..." if len(few) > 5 else ""
         logger.warning(
-            "%d categories have fewer exemplars than wanted: %s%s",
+            "fewer exemplars than wanted of %d categories: %s%s",
             len(few),
             ", ".join(few[:5]),
             more,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
+from unseg.data.build import skips_bad_images
 from unseg.discovery import ExemplarError, choose_random
 
 SOURCES = ("folder", "random", "kmeans")
@@ -56,6 +57,7 @@ def check_build_settings(cfg: CfgNode) -> None:
     """
     Raises:
         ExemplarError: SOURCE is unknown, or a number below 1.
+        ValueError: so is how bad images are treated.
     """
     build = cfg.MODEL.EXEMPLAR.BUILD
     if build.SOURCE not in SOURCES:
@@ -66,6 +68,7 @@ def check_build_settings(cfg: CfgNode) -> None:
     for key in ("PER_CATEGORY", "NUM_CATEGORIES", "BATCH_SIZE"):
         if build[key] < 1:
             raise ExemplarError(f"MODEL.EXEMPLAR.BUILD.{key} must be 1 or more, got {build[key]}")
+    skips_bad_images(cfg)
 
 
 def plan_folder(

@@ -31,10 +31,11 @@ _EXPECTED = (ExemplarError, CheckpointError, OSError)
 
 
 def _one_line(error: Exception) -> str:
-    """An error's message. One from another process comes with its traceback, whose last line it
-    is."""
+    """An error's message. One from another process comes as the last line of its traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines) == 1 else _CLASS.sub("", lines[-1], count=1)
+    if len(lines) > 1 and any(line.lstrip().startswith('File "') for line in lines):
+        return _CLASS.sub("", lines[-1], count=1)
+    return "; ".join(line.strip() for line in lines)
 
 
 def _is_expected(error: ProcessRaisedException) -> bool:
