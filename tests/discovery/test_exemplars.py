@@ -75,14 +75,17 @@ def test_the_flower_of_a_photograph_is_found():
     assert iou(coarse_foreground(photograph, DEFAULT), flower) > 0.95
 
 
-def test_grabcut_sees_small_images_only(monkeypatch):
+def test_the_sizes_that_grabcut_sees(monkeypatch):
     seen = []
     grabcut = cv2.grabCut
     monkeypatch.setattr(cv2, "grabCut", lambda *a: seen.append(a[0].shape) or grabcut(*a))
     truth = ellipse(600, 1500, 300, 700, 150, 300)
     coarse_foreground(scene(600, 1500, truth), DEFAULT)
     coarse_foreground(scene(60, 80, ellipse(60, 80, 30, 40, 15, 20)), DEFAULT)
-    assert seen == [(205, 512, 3), (60, 80, 3)]
+    # Nor fewer pixels within the border than its colour models have components.
+    for size in ((2, 50), (3, 3), (4, 4), (3, 6), (3, 7)):
+        coarse_foreground(np.zeros((*size, 3), np.uint8), DEFAULT)
+    assert seen == [(205, 512, 3), (60, 80, 3), (3, 7, 3)]
 
 
 def test_equal_images_give_equal_masks_whatever_ran_before():
@@ -256,6 +259,23 @@ def test_the_mask_that_is_chosen(coarse, masks, scores, expected, mask_from):
     assert (made.image[~expected] == (1, 2, 3)).all()
 
 
+@pytest.mark.parametrize(
+    ("min_iou", "expected", "mask_from"),
+    [
+        (0.5, HALF, "refined"),
+        (0.51, MOST, "refined"),
+        (0.8, MOST, "refined"),
+        (0.81, COARSE, "coarse"),
+    ],
+)
+def test_the_least_overlap_with_the_coarse_mask(min_iou, expected, mask_from):
+    image = np.zeros((20, 20, 3), np.uint8)
+    found = returns([AWAY, HALF, MOST], [1.0, 0.9, 0.5])
+    made = cut_out(image, COARSE, found, replace(ALL, min_iou=min_iou))
+    assert made.mask_from == mask_from
+    np.testing.assert_array_equal(made.mask, expected)
+
+
 def test_the_coarse_mask_is_compared_within_the_crop():
     image = np.zeros((40, 40, 3), np.uint8)
     coarse = in_place(40, 40, 10, 20, 20, 30)
@@ -382,8 +402,9 @@ def test_settings_come_from_the_config():
         "MODEL.EXEMPLAR.BUILD.GRABCUT_ITERATIONS", 2, "MODEL.EXEMPLAR.BUILD.GRABCUT_MARGIN", 0.2,
         "MODEL.EXEMPLAR.BUILD.MAX_FOREGROUND", 0.5, "MODEL.EXEMPLAR.BUILD.CROP_PAD", 0.3,
         "MODEL.EXEMPLAR.BUILD.SHORT_SIDE", 64, "MODEL.EXEMPLAR.BUILD.MAX_SIDE", 100,
+        "MODEL.EXEMPLAR.BUILD.MIN_IOU", 0.4,
     )  # fmt: skip
-    expected = ExemplarSettings(2, 0.2, 0.5, 0.3, 64, 100, (2, 2, 30))
+    expected = ExemplarSettings(2, 0.2, 0.5, 0.3, 0.4, 64, 100, (2, 2, 30))
     assert ExemplarSettings.from_config(cfg) == expected
     cfg.INPUT.FORMAT = "BGR"
     assert ExemplarSettings.from_config(cfg).background == (30, 2, 2)
@@ -399,6 +420,8 @@ def test_settings_come_from_the_config():
         ("MODEL.EXEMPLAR.BUILD.MAX_FOREGROUND", 1.1),
         ("MODEL.EXEMPLAR.BUILD.CROP_PAD", -0.1),
         ("MODEL.EXEMPLAR.BUILD.CROP_PAD", float("nan")),
+        ("MODEL.EXEMPLAR.BUILD.MIN_IOU", -0.1),
+        ("MODEL.EXEMPLAR.BUILD.MIN_IOU", 1.1),
         ("MODEL.EXEMPLAR.BUILD.SHORT_SIDE", 0),
         ("MODEL.EXEMPLAR.BUILD.MAX_SIDE", 255),
         ("MODEL.PIXEL_MEAN", [1.0]),

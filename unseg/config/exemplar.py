@@ -44,6 +44,9 @@ def add_exemplar_config(cfg: CfgNode) -> None:
     build.MAX_FOREGROUND = 0.95
     # Border added to the foreground's box, as a fraction of its sides.
     build.CROP_PAD = 0.1
+    # The model's mask with the highest score times IoU with GrabCut's replaces it, if their IoU is
+    # at least this. Look at the contact sheet: a model that finds parts needs more than 0.
+    build.MIN_IOU = 0.0
     # Sides of the object image, in pixels; the shorter one unless the longer one limits it.
     build.SHORT_SIDE = 256
     build.MAX_SIDE = 512

@@ -46,6 +46,7 @@ class ExemplarSettings:
     grabcut_margin: float = 0.1
     max_foreground: float = 0.95
     crop_pad: float = 0.1
+    min_iou: float = 0.0
     short_side: int = 256
     max_side: int = 512
     background: tuple[int, int, int] = (124, 116, 104)
@@ -71,6 +72,7 @@ class ExemplarSettings:
             "grabcut_margin": ("above 0 and below 0.5", 0 < self.grabcut_margin < 0.5),
             "max_foreground": ("above 0 and at most 1", 0 < self.max_foreground <= 1),
             "crop_pad": ("0 or more", 0 <= self.crop_pad < math.inf),
+            "min_iou": ("in 0..1", 0 <= self.min_iou <= 1),
             "short_side": ("at least 1", self.short_side >= 1),
             "max_side": ("at least SHORT_SIDE", self.max_side >= self.short_side),
         }
@@ -147,8 +149,8 @@ def cut_out(
     Returns:
         the object, its shorter side ``short_side`` unless the longer one would exceed ``max_side``.
         The mask is the one with the highest score times IoU with the coarse one, or the coarse
-        one where none overlaps it. Without a coarse mask it is the one with the highest score, or
-        everything.
+        one where none overlaps it, or not by ``min_iou``. Without a coarse mask it is the one with
+        the highest score, or everything.
 
     Raises:
         ValueError: wrong shapes or types, an empty `coarse`, scores that are not finite.
@@ -162,7 +164,8 @@ def cut_out(
         box = _padded_box(coarse, settings.crop_pad)
     window = (slice(box[1], box[3]), slice(box[0], box[2]))
     crop = np.ascontiguousarray(image[window])
-    mask, origin = _choose_mask(crop, None if coarse is None else coarse[window], segment)
+    coarse = None if coarse is None else coarse[window]
+    mask, origin = _choose_mask(crop, coarse, segment, settings.min_iou)
     lone = np.where(mask[..., None], crop, np.array(settings.background, dtype=np.uint8))
     sides = crop.shape[:2]
     scale = min(settings.short_side / min(sides), settings.max_side / max(sides))
@@ -198,7 +201,7 @@ def _padded_range(occupied: np.ndarray, pad: float) -> tuple[int, int]:
 
 
 def _choose_mask(
-    crop: np.ndarray, coarse: np.ndarray | None, segment: Segmenter
+    crop: np.ndarray, coarse: np.ndarray | None, segment: Segmenter, min_iou: float
 ) -> tuple[np.ndarray, str]:
     """The mask (h, w) of a crop's object, and where it is from."""
     masks, scores = segment(crop)
@@ -214,7 +217,10 @@ def _choose_mask(
         return masks[found[scores[found].argmax()]], "refined"
     if len(masks):
         candidates, reference = map(torch.tensor, (masks, coarse[None]))
-        values = scores * mask_iou(candidates, reference)[:, 0].numpy()
+        inside = mask_iou(candidates, reference, mode="inter")[:, 0].numpy()
+        # Whole numbers: a float32 quotient can fail its own threshold.
+        overlap = inside / (masks.sum(axis=(1, 2)) + coarse.sum() - inside)
+        values = np.where(overlap >= min_iou, scores * overlap, 0.0)
         if values.max() > 0:
             return masks[values.argmax()], "refined"
     return coarse, "coarse"
