@@ -246,6 +246,7 @@ NONE = np.zeros((20, 20), bool)
         (COARSE, np.zeros((0, 20, 20), bool), [], COARSE, "coarse"),
         (None, [HALF, AWAY, MOST], [0.5, 0.8, 0.7], AWAY, "refined"),
         (None, [HALF, NONE], [0.1, 0.9], HALF, "refined"),
+        (None, [NONE, HALF, MOST], [0.9, 0.5, 0.6], MOST, "refined"),
         (None, [NONE], [0.9], ~NONE, "whole"),
         (None, np.zeros((0, 20, 20), bool), [], ~NONE, "whole"),
     ],
@@ -322,6 +323,13 @@ def test_enlarged_and_shrunk_objects_stay_in_place():
         outside = ~ellipse(*truth.shape, *at, 40 * factor + blur, 50 * factor + blur)
         assert (made.image[inside] == (200, 30, 30)).all()
         assert (made.image[outside] == (0, 0, 250)).all()
+
+
+def test_enlarging_interpolates():
+    image = np.repeat(np.uint8([[[0], [100]]]), 3, axis=2)
+    made = cut_out(image, None, no_masks, replace(DEFAULT, short_side=4, max_side=8))
+    # Centres of the 8 pixels in units of the 2: -0.375, -0.125, 0.125, ..., 1.375.
+    assert made.image[0, :, 0].tolist() == pytest.approx([0, 0, 13, 38, 63, 88, 100, 100], abs=1)
 
 
 def test_shrinking_averages():
