@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 from detectron2.config import CfgNode
 
 from unseg.config import load_config
+from unseg.discovery import save_exemplar_pool
+from unseg.structures import Exemplar, ExemplarPool
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # Small images, small batches and narrow heads, on the data sets of the fixture `quick_datasets`.
+# EXEMPLAR.POOL is a file of the folder that is written to, see `write_pool`.
 QUICK = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
@@ -44,6 +48,23 @@ QUICK = {
 SHALLOW = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
 
 
+POOL_FILE = "exemplars.npz"
+
+
+def write_pool(folder: Path) -> None:
+    """Two exemplars, of 40 x 64 and 50 x 33 pixels, for :func:`quick_overrides` of a folder."""
+    rng = np.random.default_rng(0)
+    exemplars = []
+    for n, (height, width) in enumerate(((40, 64), (50, 33))):
+        mask = np.zeros((height, width), dtype=bool)
+        mask[8:30, 5:28] = True
+        image = np.where(mask[..., None], rng.integers(0, 256, 3), 128).astype(np.uint8)
+        box = (0, 0, width, height)
+        embedding = np.ones(4, dtype=np.float32) / 2
+        exemplars.append(Exemplar(image, mask, f"class{n}", f"{n}.jpg", box, "coarse", embedding))
+    save_exemplar_pool(folder / POOL_FILE, ExemplarPool(tuple(exemplars)))
+
+
 def words(overrides: dict) -> list:
     """KEY VALUE ... as for load_config."""
     return [x for item in overrides.items() for x in item]
@@ -55,8 +76,10 @@ def quick_overrides(path: Path, output: Path) -> dict:
     cfg = load_config(str(path))
     if "SyncBN" in (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM):  # needs a GPU
         overrides |= {"MODEL.RESNETS.NORM": "BN", "MODEL.FPN.NORM": "BN"}
-    if cfg.MODEL.META_ARCHITECTURE == "FreeSOLO":
+    if cfg.MODEL.META_ARCHITECTURE in ("FreeSOLO", "ExemplarFreeSOLO"):
         overrides |= SHALLOW
+    if cfg.MODEL.EXEMPLAR.POOL:
+        overrides["MODEL.EXEMPLAR.POOL"] = str(output / POOL_FILE)
     return overrides
 
 

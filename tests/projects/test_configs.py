@@ -3,12 +3,12 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from quick import ROOT, quick_config, quick_overrides, words
+from quick import ROOT, quick_config, quick_overrides, words, write_pool
 
 from unseg.config import load_config
 from unseg.data import register_datasets_in_config
 from unseg.engine import PseudoMaskJob, Trainer, images_of_dataset, main
-from unseg.modeling import MaskDiscovery
+from unseg.modeling import FreeSOLO, MaskDiscovery, find_exemplar_head
 
 CONFIGS = sorted((ROOT / "projects").glob("*/configs/*.yaml"))
 BASES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -17,15 +17,18 @@ BASES = sorted((ROOT / "configs").glob("*.yaml"))
 EVALUATION_TASKS = {
     "freesolo_R_101_uvo.yaml": {"bbox", "segm"},
     "freesolo_R_101_voc.yaml": {"bbox"},
+    "exemplar_freesolo_R_101_uvo.yaml": {"bbox", "segm"},
+    "exemplar_freesolo_R_101_voc.yaml": {"bbox"},
 }
 # Depth: entries and millions of values in the state dicts of the released code's models.
+ARCHITECTURES = ("FreeSOLO", "ExemplarFreeSOLO")
 RELEASED = {50: (336, 46.88), 101: (591, 65.92)}
 
 pytestmark = pytest.mark.usefixtures("quick_datasets")
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 12
+    assert len(CONFIGS) >= 18
     assert len(BASES) >= 3
     assert {path.name for path in CONFIGS} > EVALUATION_TASKS.keys()
 
@@ -37,8 +40,9 @@ def test_config_runs(path, tmp_path):
     if cfg.MODEL.META_ARCHITECTURE == "MaskDiscovery":
         run_discovery(cfg, tmp_path)
     elif path.name in EVALUATION_TASKS:
-        run_evaluation(path, tmp_path, EVALUATION_TASKS[path.name])
+        run_evaluation(path, tmp_path, EVALUATION_TASKS[path.name])  # without a pool
     else:
+        write_pool(tmp_path)
         run_training(cfg, tmp_path)
 
 
@@ -49,6 +53,9 @@ def run_training(cfg, folder):
     assert trainer.iter == 2
     assert (folder / "model_final.pth").is_file()
     assert set(trainer._last_eval_results) >= {"bbox", "segm"}
+    if cfg.MODEL.EXEMPLAR.POOL:
+        assert len(find_exemplar_head(trainer.model).pool_embeddings) == 2
+        assert trainer._watch.losses["loss_exemplar"].isfinite()
 
 
 def run_discovery(cfg, folder):
@@ -83,14 +90,20 @@ def test_config_is_read_without_other_repositories(path):
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1
 
 
-FREESOLO = [p for p in CONFIGS if load_config(str(p)).MODEL.META_ARCHITECTURE == "FreeSOLO"]
+# Configs of FreeSOLO and of what is built on it, whose weights are the same.
+FREESOLO = [p for p in CONFIGS if load_config(str(p)).MODEL.META_ARCHITECTURE in ARCHITECTURES]
+
+
+def build_empty(path, *opts):
+    with torch.device("meta"):
+        return build_model(load_config(str(path), ["MODEL.DEVICE", "meta", *opts]))
 
 
 @pytest.mark.parametrize("path", FREESOLO, ids=lambda p: p.name)
 def test_freesolo_builds_whole(path):
-    cfg = load_config(str(path), ["MODEL.DEVICE", "meta"])
-    with torch.device("meta"):
-        state = build_model(cfg).state_dict()
+    cfg, model = load_config(str(path)), build_empty(path)
+    assert isinstance(model, FreeSOLO)
+    state = model.state_dict()
     if cfg.MODEL.RESNETS.DEPTH in RELEASED:
         values = sum(x.numel() for x in state.values())
         # They have two classes.
@@ -98,6 +111,21 @@ def test_freesolo_builds_whole(path):
             0
         ].numel()
         assert (len(state), round(values / 1e6, 2)) == RELEASED[cfg.MODEL.RESNETS.DEPTH]
+
+
+@pytest.mark.parametrize("name", ["tiny", "R_50", "R_101"])
+def test_exemplar_freesolo_has_the_weights_of_freesolo(name):
+    projects = ROOT / "projects"
+    ours, theirs = (
+        build_empty(projects / path).state_dict()
+        for path in (
+            f"ExemplarFreeSOLO/configs/exemplar_freesolo_{name}.yaml",
+            f"FreeSOLO/configs/freesolo_{name}.yaml",
+        )
+    )
+    assert [(k, v.shape, v.dtype) for k, v in ours.items()] == [
+        (k, v.shape, v.dtype) for k, v in theirs.items()
+    ]
 
 
 def test_freesolo_presets():

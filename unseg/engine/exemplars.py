@@ -75,18 +75,21 @@ class ExemplarHook(HookBase):
             head: has a pool.
         """
         self.head = head
+        self._steps = 0  # that the head has counted in; fewer than _LOG_PERIOD after a kill
 
     def after_step(self) -> None:
+        self._steps += 1
         if (self.trainer.iter + 1) % _LOG_PERIOD:
             return
         objects, positives, used, negatives = self.head.tally.tolist()
         self.head.tally.zero_()
+        steps, self._steps = self._steps, 0
         self.trainer.storage.put_scalars(
             smoothing_hint=False,
             **{
-                "exemplar/objects": objects / _LOG_PERIOD,
-                "exemplar/positives": positives / _LOG_PERIOD,
-                "exemplar/used": used / _LOG_PERIOD,
+                "exemplar/objects": objects / steps,
+                "exemplar/positives": positives / steps,
+                "exemplar/used": used / steps,
                 "exemplar/negatives": negatives / max(objects, 1),
             },
         )

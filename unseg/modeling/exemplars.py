@@ -9,7 +9,7 @@ pixels, h w cells of the feature map.
 """
 
 import hashlib
-import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +21,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from unseg.modeling.losses import (
     check_thresholds,
@@ -29,8 +30,6 @@ from unseg.modeling.losses import (
     exemplar_contrastive_loss,
 )
 from unseg.structures import ExemplarPool
-
-logger = logging.getLogger(__name__)
 
 
 class ExemplarFeatureError(ValueError):
@@ -55,10 +54,14 @@ class MaskedEmbedding(nn.Module):
         Returns:
             (N, C) float32 of unit length; zeros for empty masks.
         """
-        cells = F.normalize(features.float(), dim=1)
+        cells = features.float()
+        lengths = cells.norm(dim=1, keepdim=True)
+        # Cells of zeros have no direction; F.normalize would give them gradients of 1e12.
+        cells = cells / torch.where(lengths > 0, lengths, 1.0)
         weights = masks.float()
         if weights.shape[-2:] != cells.shape[-2:]:
-            weights = F.interpolate(weights[None], size=cells.shape[-2:], mode="area")[0]
+            # Each an image of its own: of an image without channels there is no gradient.
+            weights = F.interpolate(weights[:, None], size=cells.shape[-2:], mode="area")[:, 0]
         if counts is None:
             sums = torch.einsum("nchw,nhw->nc", cells, weights)
         else:
@@ -225,20 +228,34 @@ def encode_exemplars(
 def _encode(
     model: nn.Module, images: Sequence[np.ndarray], masks: Sequence[np.ndarray], in_feature: str
 ) -> Tensor:
+    """The embeddings (K, C) of one batch, by this process alone.
+
+    Images go through the backbone beside others of the same padded size only: a wider border of
+    zeros would change their features, and with them what an exemplar is.
+    """
     divisibility = max(32, model.backbone.size_divisibility)
+    of_size = defaultdict(list)
+    for number, image in enumerate(images):
+        of_size[tuple(-(-side // divisibility) for side in image.shape[:2])].append(number)
+    embeddings = {}
     flip = -1 if model.input_format == "BGR" else 1
-    tensors = [
-        torch.from_numpy(np.ascontiguousarray(x[:, :, ::flip])).to(model.device).permute(2, 0, 1)
-        for x in images
-    ]
-    normalized = [(x.float() - model.pixel_mean) / model.pixel_std for x in tensors]
-    weights = [torch.from_numpy(x).to(model.device).float() for x in masks]
-    features = model.backbone(ImageList.from_tensors(normalized, divisibility).tensor)
-    return MaskedEmbedding()(
-        find_feature(features, in_feature),
-        ImageList.from_tensors(weights, divisibility).tensor,
-        [1] * len(images),
-    )
+    for numbers in of_size.values():
+        tensors = [
+            torch.from_numpy(np.ascontiguousarray(images[number][:, :, ::flip]))
+            .to(model.device)
+            .permute(2, 0, 1)
+            for number in numbers
+        ]
+        normalized = [(x.float() - model.pixel_mean) / model.pixel_std for x in tensors]
+        weights = [torch.from_numpy(masks[number]).to(model.device).float() for number in numbers]
+        features = model.backbone(ImageList.from_tensors(normalized, divisibility).tensor)
+        rows = MaskedEmbedding()(
+            find_feature(features, in_feature),
+            ImageList.from_tensors(weights, divisibility).tensor,
+            [1] * len(numbers),
+        )
+        embeddings |= dict(zip(numbers, rows, strict=True))
+    return torch.stack([embeddings[number] for number in range(len(images))])
 
 
 class PoolEncoder:
@@ -254,6 +271,7 @@ class PoolEncoder:
         self.period = period
         self.batch_size = batch_size
         self.step = 0
+        self.handle: RemovableHandle | None = None  # of the hook
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
         """A forward pre-hook."""
@@ -308,6 +326,8 @@ def with_exemplars(
 ) -> nn.Module:
     """Give the head inside a model its pool, to be encoded anew every so many training steps.
 
+    A pool that it has is replaced.
+
     Args:
         model: has an :class:`ExemplarContrast` somewhere.
         pool: the exemplars.
@@ -331,8 +351,10 @@ def with_exemplars(
         raise ExemplarFeatureError("the exemplar pool is empty")
     if update_period < 0:
         raise ValueError(f"MODEL.EXEMPLAR.UPDATE_PERIOD must be 0 or more, got {update_period}")
-    head.encoder = PoolEncoder(head, pool, update_period, batch_size)
     if not update_period:
         head.pool_embeddings = torch.from_numpy(pool.embeddings).to(head.pool_embeddings.device)
-    model.register_forward_pre_hook(head.encoder)
+    if head.encoder is not None:
+        head.encoder.handle.remove()
+    head.encoder = PoolEncoder(head, pool, update_period, batch_size)
+    head.encoder.handle = model.register_forward_pre_hook(head.encoder)
     return model

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
+from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, mask_rcnn_loss
 from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
 from detectron2.structures import Instances
 from torch import Tensor
@@ -35,10 +35,11 @@ class ExemplarROIHeads(StandardROIHeads):
             standard: see StandardROIHeads; with a mask head and its pooler.
 
         Raises:
-            ValueError: there is no mask head, or it has no pooler.
+            ValueError: there is no mask head of Detectron2's kind, or it has no pooler.
         """
         super().__init__(**standard)
-        if not self.mask_on or self.mask_pooler is None:
+        pooled = self.mask_on and self.mask_pooler is not None
+        if not pooled or not isinstance(self.mask_head, BaseMaskRCNNHead):
             raise ValueError("ExemplarROIHeads needs MODEL.MASK_ON and a pooled mask head")
         self.exemplars = exemplars
         self.exemplar_pooler = exemplar_pooler
@@ -51,7 +52,7 @@ class ExemplarROIHeads(StandardROIHeads):
             output_size=_RESOLUTION,
             scales=(1.0 / stride,),
             sampling_ratio=cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO,
-            pooler_type=cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE,
+            pooler_type=cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE or "ROIAlignV2",
         )
         return super().from_config(cfg, input_shape) | {
             "exemplars": exemplars,
