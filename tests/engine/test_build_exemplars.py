@@ -94,6 +94,7 @@ def test_the_channels_of_a_bgr_model_are_in_its_order(tmp_path):
         ).exemplars[0]
         for form in ("RGB", "BGR")
     ]  # fmt: skip
+    assert [x.mask_from for x in pools] == ["refined", "refined"]
     assert np.array_equal(pools[0].mask, pools[1].mask)
     assert np.array_equal(pools[0].image, pools[1].image)  # both RGB
     np.testing.assert_allclose(pools[0].embedding, pools[1].embedding[::-1], atol=1e-6)
