@@ -15,9 +15,11 @@ from unseg.config import load_config
 from unseg.data.image import ImageReadError
 from unseg.discovery import ExemplarError, load_exemplar_pool
 from unseg.engine import build_exemplars
-from unseg.engine.build_exemplars import mask_warnings
-from unseg.engine.exemplar_job import ExemplarMaker
+from unseg.engine.build_exemplars import _ImageEncoder, mask_warnings
+from unseg.engine.exemplar_job import ExemplarMaker, floats_from_text
 from unseg.engine.exemplar_plan import plan_folder, plan_medoids, plan_random
+from unseg.engine.pseudo_masks import ImageLoader, ImageSource
+from unseg.structures import ImageRecord
 
 BUILD = "MODEL.EXEMPLAR.BUILD."
 BOX = (24, 16, 56, 40)
@@ -98,6 +100,21 @@ def test_the_channels_of_a_bgr_model_are_in_its_order(tmp_path):
     assert np.array_equal(pools[0].mask, pools[1].mask)
     assert np.array_equal(pools[0].image, pools[1].image)  # both RGB
     np.testing.assert_allclose(pools[0].embedding, pools[1].embedding[::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["RGB", "BGR"])
+def test_whole_images_are_encoded_in_the_models_order(form, tmp_path):
+    """Of one colour: an image's embedding is that colour's direction, as the model sees it."""
+    cfg = load_config(str(write_config(tmp_path, input_format=form)))
+    write_image(tmp_path / "x.png", red_image((0, 0, 64, 64), (64, 64)))
+    source = ImageSource(str(tmp_path), [ImageRecord("x.png", 64, 64, 1)])
+    encode = _ImageEncoder(cfg, ExemplarMaker(cfg, RedThings(cfg)))
+    result, count = encode(ImageLoader(cfg, source)(0))
+    color = (np.array([220, 40, 30])[:: 1 if form == "RGB" else -1] - 100) / 50
+    assert count == 1
+    np.testing.assert_allclose(
+        floats_from_text(result["0"]), color / np.linalg.norm(color), atol=1e-5
+    )
 
 
 def test_crops_are_resized_as_images_are_for_testing(config):
