@@ -48,7 +48,8 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         yaml.constructor.ConstructorError: the YAML asks for a Python object.
-        KeyError: the file or an override names a key that does not exist.
+        KeyError: the file names a key that does not exist.
+        AssertionError: an override does, or has no value.
     """
     cfg = get_cfg()
     if config_file:

@@ -363,8 +363,9 @@ def mask_warnings(statistics: dict[str, int]) -> list[str]:
     warnings = []
     if 2 * statistics["coarse"] > total:
         warnings.append(
-            f"{statistics['coarse']} of {total} masks are GrabCut's alone, as the model found none "
-            "there: are MODEL.WEIGHTS those of a trained model?"
+            f"{statistics['coarse']} of {total} masks are GrabCut's alone, as none of the model's "
+            "agrees with them (MODEL.EXEMPLAR.BUILD.MIN_IOU): are MODEL.WEIGHTS those of a trained "
+            "model?"
         )
     if 2 * statistics["whole"] > total:
         warnings.append(

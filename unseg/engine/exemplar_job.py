@@ -37,7 +37,7 @@ from unseg.engine.sharded_map import WorkDir, sharded_map
 
 # The unit is encoded by the process that has it; encode_exemplars() is for ranks that all have the
 # same exemplars, and would wait for the others here.
-from unseg.modeling.exemplars import _encode as encode_batch
+from unseg.modeling.exemplars import encode_batch
 from unseg.structures import Exemplar, ExemplarPool
 
 logger = logging.getLogger(__name__)

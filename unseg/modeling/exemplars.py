@@ -218,20 +218,22 @@ def encode_exemplars(
     with _evaluating(model.backbone), torch.autocast(model.device.type, enabled=False):
         for number in own:
             part = slice(starts[number], starts[number] + batch_size)
-            parts[number] = _encode(model, images[part], masks[part], in_feature).cpu()
+            parts[number] = encode_batch(model, images[part], masks[part], in_feature).cpu()
     gathered: dict[int, Tensor] = {}
     for share in comm.all_gather(parts):
         gathered |= share
     return torch.cat([gathered[number] for number in sorted(gathered)]).to(model.device)
 
 
-def _encode(
+@torch.no_grad()
+def encode_batch(
     model: nn.Module, images: Sequence[np.ndarray], masks: Sequence[np.ndarray], in_feature: str
 ) -> Tensor:
-    """The embeddings (K, C) of one batch, by this process alone.
+    """The embeddings (K, C) of one batch, by this process alone, in the backbone's present mode.
 
-    Images go through the backbone beside others of the same padded size only: a wider border of
-    zeros would change their features, and with them what an exemplar is.
+    See :func:`encode_exemplars`. Images go through the backbone beside others of the same padded
+    size only: a wider border of zeros would change their features, and with them what an exemplar
+    is.
     """
     divisibility = max(32, model.backbone.size_divisibility)
     of_size = defaultdict(list)
