@@ -104,9 +104,11 @@ class Plan:
         self.labelling, self.always = labelling_overrides(), {}
         if args.quick:
             self.train_set = "unseg_synthetic_val"  # smaller
-            # Cells of an untrained model have scores of 0.01.
-            self.always = {"MODEL.FREESOLO.SCORE_THR": 0.001, "MODEL.FREESOLO.MAX_PER_IMG": 5}
-            self.labelling |= {"DISCOVERY.SCORE_THRESHOLD": 0.0, "MODEL.FREESOLO.UPDATE_THR": 0.0}
+            # Cells of an untrained model have scores of 0.01, its masks any size: use them all.
+            self.labelling = {"DISCOVERY.SCORE_THRESHOLD": 0.0}
+            quick = {"SCORE_THR": 0.001, "UPDATE_THR": 0.0, "MAX_PER_IMG": 5}
+            quick["FPN_SCALE_RANGES"] = [[1, 500]] * 3
+            self.always = {f"MODEL.FREESOLO.{key}": value for key, value in quick.items()}
 
     def steps(self) -> list[Step]:
         """All of them: what all seeds share, then seed by seed."""

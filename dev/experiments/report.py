@@ -81,7 +81,7 @@ def make_table(summary: Summary, titles: Mapping[str, str], reference: str) -> s
             row = {metric: one[kind] for metric, one in summary[arm].items()}
             seeds = max((one["seeds"] for one in row.values()), default=0)
             sign = "+" if kind == "difference" else ""
-            cells = [_cell(row.get(m), f"{sign}.{digits[m]}f") for m in metrics]
+            cells = [_cell(row.get(m), f"{sign}z.{digits[m]}f") for m in metrics]
             lines.append(f"| {title} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

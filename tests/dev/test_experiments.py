@@ -95,6 +95,12 @@ def test_table_by_hand():
     ]
 
 
+def test_no_negative_zeros():
+    numbers = {"a": {1: {"AP": 1.001}}, "b": {1: {"AP": 1.0}}}
+    table = report.make_table(report.summarize(numbers, "a"), {"a": "A", "b": "B"}, "a")
+    assert table.splitlines()[-1] == "| B − A | 1 | +0.00 |"
+
+
 # Running.
 
 
