@@ -40,7 +40,8 @@ def add_exemplar_config(cfg: CfgNode) -> None:
     # GrabCut: iterations, and the border (fraction of the sides) that is background for sure.
     build.GRABCUT_ITERATIONS = 5
     build.GRABCUT_MARGIN = 0.1
-    # The whole image is taken where GrabCut finds nothing, or more than this fraction of it.
+    # The whole image is taken where GrabCut finds nothing, or more than this fraction of what lies
+    # within that border.
     build.MAX_FOREGROUND = 0.95
     # Border added to the foreground's box, as a fraction of its sides.
     build.CROP_PAD = 0.1
