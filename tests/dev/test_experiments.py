@@ -193,8 +193,12 @@ def test_other_settings_and_commands_are_refused(tmp_path):
 # Several processes.
 
 DRIVER = """
+import signal
 import sys
 from pathlib import Path
+
+# A background job, as these tests may be, ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 folder, runner, *names = sys.argv[1:]
 sys.path.insert(0, runner)
@@ -281,7 +285,7 @@ def test_a_stopped_runner_takes_its_command_along(tmp_path, start, number):
     stopped = start("a", "b")
     wait_for(lambda: lines(notes) == ["begin-a"])
     stopped.send_signal(number)
-    assert stopped.wait() != 0
+    assert stopped.wait(timeout=60) != 0
     for go in ("a", "b"):
         (tmp_path / f"go-{go}").touch()
     assert start("a", "b").wait() == 0
