@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unseg.modeling import ExemplarContrast, ExemplarFeatureError, encode_exemplars, with_exemplars
 from unseg.modeling.exemplars import MaskedEmbedding, find_exemplar_head
+from unseg.structures import ExemplarPool
 
 embed = MaskedEmbedding()
 
@@ -319,6 +321,19 @@ def test_state_of_the_encoder_goes_on_where_it_was():
         third = with_exemplars(SmallModel(), other)
         with pytest.raises(ValueError, match="begun with another exemplar pool"):
             third.exemplars.encoder.load_state_dict(state)
+
+
+def test_the_files_embeddings_are_part_of_a_run_that_uses_them():
+    pool, again, other = (make_pool(4, dim=8) for _ in range(3))
+    flipped = [replace(x, embedding=-x.embedding) for x in other.exemplars]
+    first, second, third = (
+        with_exemplars(SmallModel(), x, update_period=0).exemplars.encoder
+        for x in (pool, again, ExemplarPool(tuple(flipped)))
+    )
+    state = first.state_dict()
+    second.load_state_dict(state)
+    with pytest.raises(ValueError, match="begun with another exemplar pool"):
+        third.load_state_dict(state)
 
 
 # Two processes.

@@ -302,10 +302,13 @@ class PoolEncoder:
         Raises:
             ValueError: it had another pool.
         """
-        if state["pool"] != _fingerprint(self.pool):
+        embeddings = state["embeddings"].to(self.head.pool_embeddings.device)
+        # Those of the file, where they are used, may be others for the same images.
+        same = self.period or torch.equal(embeddings, self.head.pool_embeddings)
+        if state["pool"] != _fingerprint(self.pool) or not same:
             raise ValueError("the run was begun with another exemplar pool")
         self.step = state["step"]
-        self.head.pool_embeddings = state["embeddings"].to(self.head.pool_embeddings.device)
+        self.head.pool_embeddings = embeddings
 
 
 def _fingerprint(pool: ExemplarPool) -> str:
