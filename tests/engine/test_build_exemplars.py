@@ -332,6 +332,7 @@ def test_fewer_images_than_wanted(classes, config, tmp_path, log):
     [
         ([BUILD + "SOURCE", "web"], ExemplarError, r"'web' is unknown.* folder, random, kmeans"),
         ([BUILD + "PER_CATEGORY", 0], ExemplarError, "PER_CATEGORY must be 1 or more, got 0"),
+        ([BUILD + "SEED", -1], ExemplarError, "SEED must be in 0.*, got -1"),
         ([BUILD + "CROP_PAD", -0.5], ExemplarError, "CROP_PAD must be"),
         (["MODEL.EXEMPLAR.IN_FEATURE", "res5"], ExemplarError, r"'res5' .*cells"),
         (["MODEL.META_ARCHITECTURE", "BoxesOnly"], ExemplarError, r"BoxesOnly\) gives no instan"),

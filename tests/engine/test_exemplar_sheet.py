@@ -104,6 +104,11 @@ def test_pools_without_their_images():
     assert near(sheet, (50, 50, 50), 0).sum() < 3 * 600 + 100  # letters
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "\t", "caf\udce9", "\u65e5\u672c"])
+def test_names_of_any_characters(name):
+    assert draw_exemplar_sheet(ExemplarPool((exemplar(name),))).any()
+
+
 def test_long_names_end_in_dots():
     font = _font(11)
     assert _elided("cat", font, 90) == "cat"

@@ -365,3 +365,10 @@ def test_a_pool_may_be_given_at_once():
     encoder = model.exemplars.encoder
     assert (len(encoder.pool), encoder.period, encoder.batch_size) == (3, 7, 2)
     assert model.train()(batch_of([(32, 32)], [1]))["loss_exemplar"].isfinite()
+
+
+def test_a_pool_that_is_not_used_is_not_looked_at():
+    options = ExemplarFreeSOLO.from_config(narrow_config(MODEL__EXEMPLAR__WEIGHT=0.0))
+    model = ExemplarFreeSOLO(**options, pool=make_pool(3))
+    assert model.exemplars.encoder is None
+    assert "loss_exemplar" not in model.train()(batch_of([(32, 32)], [1]))

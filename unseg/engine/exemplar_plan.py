@@ -56,7 +56,7 @@ class ExemplarPlan:
 def check_build_settings(cfg: CfgNode) -> None:
     """
     Raises:
-        ExemplarError: SOURCE is unknown, or a number below 1.
+        ExemplarError: SOURCE is unknown, or a number out of its range.
         ValueError: so is how bad images are treated.
     """
     build = cfg.MODEL.EXEMPLAR.BUILD
@@ -68,6 +68,8 @@ def check_build_settings(cfg: CfgNode) -> None:
     for key in ("PER_CATEGORY", "NUM_CATEGORIES", "BATCH_SIZE"):
         if build[key] < 1:
             raise ExemplarError(f"MODEL.EXEMPLAR.BUILD.{key} must be 1 or more, got {build[key]}")
+    if not 0 <= build.SEED < 2**32:  # scikit-learn's limits
+        raise ExemplarError(f"MODEL.EXEMPLAR.BUILD.SEED must be in 0..2**32 - 1, got {build.SEED}")
     skips_bad_images(cfg)
 
 

@@ -186,7 +186,9 @@ def _draw_captions(
             continue
         x0, y = grid.corner(*places[start])
         x1 = grid.corner(*places[index - 1])[0] + grid.tile_width
-        name = _elided(exemplars[start].category, font, x1 - x0)
+        # Pillow cannot lay out line breaks, which names of folders may have.
+        name = "".join(c if c.isprintable() else "?" for c in exemplars[start].category)
+        name = _elided(name, font, x1 - x0)
         draw.text((x0, y - 17), name, _INK, font)
         draw.line((x0, y - 3, x1 - 1, y - 3), fill=_RULE)
         start = index

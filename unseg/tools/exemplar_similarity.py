@@ -134,7 +134,7 @@ def main() -> None:
         cfg = load_config(args.config_file, args.opts)
         head, objects = collect_embeddings(cfg, args.batches, random_weights=args.random_weights)
         table = make_table(head, objects)
-    except (CheckpointError, ExemplarError, ExemplarFeatureError) as error:
+    except (CheckpointError, ExemplarError, ExemplarFeatureError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(f"{table}\n")
 

@@ -35,14 +35,14 @@ class ExemplarFreeSOLO(FreeSOLO):
     ):
         """
         Args:
-            exemplars: the head; with a weight of 0 this is FreeSOLO.
+            exemplars: the head; with a weight of 0 this is FreeSOLO, and a pool is not looked at.
             pool, update_period, pool_batch_size: see :func:`unseg.modeling.with_exemplars`. Without
                 a pool that function gives one to the model before it is trained.
             freesolo: see :class:`FreeSOLO`; the backbone has the head's feature among its outputs.
         """
         super().__init__(**freesolo)
         self.exemplars = exemplars
-        if pool is not None:
+        if pool is not None and exemplars.weight:
             with_exemplars(self, pool, update_period=update_period, batch_size=pool_batch_size)
 
     @classmethod
