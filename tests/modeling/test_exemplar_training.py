@@ -1,11 +1,13 @@
 """Exemplar-FreeSOLO in the trainer: the pool's file, kills and resumption, the log, evaluation."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from detectron2.utils.events import EventStorage
 from exemplar_cases import (
     EXEMPLAR,
     FREESOLO,
@@ -20,6 +22,7 @@ from unseg.discovery import ExemplarError, save_exemplar_pool
 from unseg.engine import SelfTrainingError, SelfTrainingOptions, Trainer
 from unseg.engine import exemplars as module
 from unseg.engine.self_training import SelfTraining
+from unseg.modeling import ExemplarContrast
 
 
 @pytest.fixture
@@ -203,6 +206,30 @@ def test_the_log_counts_what_finds_exemplars(scenes, tmp_path, pool, monkeypatch
     found = {k.removeprefix("exemplar/"): v for k, v in line.items() if k.startswith("exemplar/")}
     assert found == pytest.approx(expected, rel=1e-6)
     assert not head.tally.any(), "counting begins anew"
+
+
+def test_objects_that_find_no_exemplars_are_said_once(monkeypatch):
+    hook = module.ExemplarHook(ExemplarContrast())
+    said = []
+    monkeypatch.setattr(module.logger, "warning", lambda text, *args: said.append(text % args))
+    # Objects, positives, used, negatives of 20 steps each.
+    periods = [
+        (40, 9, 3, 5),
+        (40, 9, 0, 5),
+        (40, 0, 0, 0),
+        (0, 0, 0, 0),
+        (9, 1, 1, 1),
+        (8, 1, 0, 0),
+    ]
+    with EventStorage() as storage:
+        for number, tally in enumerate(periods):
+            for step in range(20):
+                hook.trainer = SimpleNamespace(iter=20 * number + step, storage=storage)
+                hook.head.tally = torch.tensor(tally, dtype=torch.float32)
+                hook.after_step()
+    assert len(said) == 2
+    assert "none of 40 objects in 20 steps" in said[0]
+    assert "none of 8 objects" in said[1]
 
 
 def test_checkpoints_go_into_freesolo_and_back(scenes, tmp_path, pool, caplog):

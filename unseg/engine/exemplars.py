@@ -62,7 +62,8 @@ def attach_exemplars(model: nn.Module, cfg: CfgNode) -> ExemplarContrast | None:
 
 
 class ExemplarHook(HookBase):
-    """Keeps the pool's embeddings in checkpoints; logs how many objects find exemplars.
+    """Keeps the pool's embeddings in checkpoints; logs how many objects find exemplars, and warns
+    when none does.
 
     Means over the last steps of this rank, per step: ``exemplar/objects``, ``.../positives``
     (objects with a positive exemplar), ``.../used`` (those with negatives as well, which the loss
@@ -76,6 +77,7 @@ class ExemplarHook(HookBase):
         """
         self.head = head
         self._steps = 0  # that the head has counted in; fewer than _LOG_PERIOD after a kill
+        self._was_used = True
 
     def after_step(self) -> None:
         self._steps += 1
@@ -93,6 +95,15 @@ class ExemplarHook(HookBase):
                 "exemplar/negatives": negatives / max(objects, 1),
             },
         )
+        if self._was_used and objects and not used:
+            logger.warning(
+                "none of %d objects in %d steps had both a positive and a negative exemplar, so "
+                "loss_exemplar was 0: unseg.tools.exemplar_similarity helps to choose "
+                "MODEL.EXEMPLAR.ALPHA and BETA",
+                objects,
+                steps,
+            )
+        self._was_used = bool(used)
 
     def state_dict(self) -> dict[str, Any]:
         return self.head.encoder.state_dict()
