@@ -1,6 +1,6 @@
 """FreeSOLO against Exemplar-FreeSOLO at the same budget, on synthetic scenes.
 
-    OMP_NUM_THREADS=1 python dev/benchmarks/exemplar_freesolo.py            1.5 hours on one core
+    OMP_NUM_THREADS=1 python dev/benchmarks/exemplar_freesolo.py            1.3 hours on one core
     OMP_NUM_THREADS=1 python dev/benchmarks/exemplar_freesolo.py --quick    minutes, no meaning
 
 Processes with the same command line share the work, for example one on each core. Any of them may

@@ -23,6 +23,7 @@ from unseg.engine import SelfTrainingError, SelfTrainingOptions, Trainer
 from unseg.engine import exemplars as module
 from unseg.engine.self_training import SelfTraining
 from unseg.modeling import ExemplarContrast
+from unseg.structures import ExemplarPool
 
 
 @pytest.fixture
@@ -206,6 +207,32 @@ def test_the_log_counts_what_finds_exemplars(scenes, tmp_path, pool, monkeypatch
     found = {k.removeprefix("exemplar/"): v for k, v in line.items() if k.startswith("exemplar/")}
     assert found == pytest.approx(expected, rel=1e-6)
     assert not head.tally.any(), "counting begins anew"
+
+
+@pytest.mark.parametrize(
+    ("origin", "period", "said"),
+    [
+        ({"feature": "res4", "backbone": "build_x_resnet_backbone, depth 101"}, 0, "depth 101"),
+        ({"feature": "res3", "backbone": None}, 0, "embeddings of res3"),
+        ({"feature": "res3", "backbone": None}, 100, None),  # encoded anew
+        ({"feature": "res4", "backbone": None}, 0, None),
+        (None, 0, None),  # of another maker
+    ],
+)
+def test_embeddings_of_another_backbone(scenes, tmp_path, origin, period, said):
+    changes = {"MODEL__EXEMPLAR__UPDATE_PERIOD": period, "MODEL__EXEMPLAR__IN_FEATURE": "res4"}
+    cfg = make_cfg(scenes, tmp_path / "out", str(tmp_path / "made.npz"), **changes)
+    if origin is not None and origin["backbone"] is None:
+        name, depth = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.DEPTH
+        origin = origin | {"backbone": f"{name}, depth {depth}"}
+    info = {} if origin is None else {"embedding": origin | {"channels": 128}}
+    made = ExemplarPool(make_pool(3, dim=128).exemplars, info)
+    save_exemplar_pool(tmp_path / "made.npz", made)
+    if said is None:
+        assert make_trainer(cfg).model.exemplars.encoder is not None
+        return
+    with pytest.raises(ExemplarError, match=f"made.npz has .*{said}.*UPDATE_PERIOD"):
+        make_trainer(cfg)
 
 
 def test_objects_that_find_no_exemplars_are_said_once(monkeypatch):

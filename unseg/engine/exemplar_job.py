@@ -32,6 +32,7 @@ from unseg.discovery import (
 )
 from unseg.engine.exemplar_plan import Candidates, ExemplarPlan
 from unseg.engine.exemplar_sheet import PICTURE_SIDE, SourceView, draw_exemplar_sheet, shrink
+from unseg.engine.exemplars import embedding_origin
 from unseg.engine.pseudo_masks import collect_if_complete, job_settings
 from unseg.engine.sharded_map import WorkDir, sharded_map
 
@@ -201,11 +202,6 @@ def exemplar_settings(cfg: CfgNode) -> dict[str, Any]:
     return settings
 
 
-def _backbone_name(cfg: CfgNode) -> str:
-    name = cfg.MODEL.BACKBONE.NAME
-    return f"{name}, depth {cfg.MODEL.RESNETS.DEPTH}" if "resnet" in name else name
-
-
 def sheet_path(output: str | os.PathLike) -> Path:
     """Where the contact sheet of a pool is."""
     return Path(output).with_suffix(".png")
@@ -269,11 +265,7 @@ class ExemplarJob:
             raise ExemplarError(f"none of the {skipped} images can be read; nothing is written")
         origins = Counter(exemplar.mask_from for exemplar in exemplars)
         statistics = {key: origins[key] for key in ("refined", "coarse", "whole")}
-        embedding = {
-            "feature": self.cfg.MODEL.EXEMPLAR.IN_FEATURE,
-            "channels": len(exemplars[0].embedding),
-            "backbone": _backbone_name(self.cfg),
-        }
+        embedding = embedding_origin(self.cfg) | {"channels": len(exemplars[0].embedding)}
         about = {"embedding": embedding, "statistics": statistics | {"skipped": skipped}}
         pool = ExemplarPool(tuple(exemplars), self.info | about)
         sheet = draw_exemplar_sheet(pool, views)

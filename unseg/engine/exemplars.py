@@ -19,6 +19,14 @@ _LOG_PERIOD = 20  # steps, as Detectron2's own
 _IDLE_LOSS = 0.05
 
 
+def embedding_origin(cfg: CfgNode) -> dict[str, str]:
+    """What a config's embeddings are of: ``feature`` and ``backbone``, without its weights."""
+    name = cfg.MODEL.BACKBONE.NAME
+    if "resnet" in name:
+        name = f"{name}, depth {cfg.MODEL.RESNETS.DEPTH}"
+    return {"feature": cfg.MODEL.EXEMPLAR.IN_FEATURE, "backbone": name}
+
+
 def attach_exemplars(model: nn.Module, cfg: CfgNode) -> ExemplarContrast | None:
     """Give a model's exemplar head the pool of ``MODEL.EXEMPLAR.POOL``.
 
@@ -26,7 +34,8 @@ def attach_exemplars(model: nn.Module, cfg: CfgNode) -> ExemplarContrast | None:
         the head, or None for models that have none (or one of weight 0).
 
     Raises:
-        ExemplarError: there is no pool, or its file cannot be read.
+        ExemplarError: there is no pool, its file cannot be read, or its embeddings are to be used
+            (UPDATE_PERIOD 0) and are of another backbone.
     """
     head = find_exemplar_head(model)
     if head is None:
@@ -38,6 +47,14 @@ def attach_exemplars(model: nn.Module, cfg: CfgNode) -> ExemplarContrast | None:
             "python -m unseg.tools.build_exemplars"
         )
     pool = load_exemplar_pool(exemplar.POOL, exemplar.PER_CATEGORY)
+    origin, wanted = pool.info.get("embedding"), embedding_origin(cfg)
+    if not exemplar.UPDATE_PERIOD and origin and wanted.items() - origin.items():
+        raise ExemplarError(
+            f"MODEL.EXEMPLAR.POOL {exemplar.POOL} has embeddings of {origin.get('feature')} "
+            f"({origin.get('backbone')}), the model has {wanted['feature']} "
+            f"({wanted['backbone']}): with MODEL.EXEMPLAR.UPDATE_PERIOD above 0 the pool is "
+            "encoded anew"
+        )
     logger.info(
         "%d exemplars of %d categories", len(pool), len({x.category for x in pool.exemplars})
     )

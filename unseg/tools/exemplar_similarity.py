@@ -27,7 +27,6 @@ from unseg.data.sampling import seed_rng
 from unseg.discovery import ExemplarError
 from unseg.engine.exemplars import attach_exemplars
 from unseg.engine.find_masks import load_weights
-from unseg.modeling import ExemplarFeatureError
 from unseg.modeling.exemplars import ExemplarContrast
 from unseg.modeling.losses import (
     choose_exemplars,
@@ -132,9 +131,12 @@ def main() -> None:
         sys.exit(f"error: --batches must be at least 1, got {args.batches}")
     try:
         cfg = load_config(args.config_file, args.opts)
+    except (AssertionError, KeyError, OSError) as error:  # fvcore's, for wrong overrides and files
+        sys.exit(f"error: {error}")
+    try:
         head, objects = collect_embeddings(cfg, args.batches, random_weights=args.random_weights)
         table = make_table(head, objects)
-    except (CheckpointError, ExemplarError, ExemplarFeatureError, OSError) as error:
+    except (CheckpointError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(f"{table}\n")
 
