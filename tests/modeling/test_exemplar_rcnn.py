@@ -217,7 +217,10 @@ def test_the_loss_comes_beside_the_others_and_reaches_masks_and_backbone():
     found, _ = losses_and_gradients(model)
     assert found.keys() == losses.keys() | {"loss_exemplar"}
     assert all(torch.equal(found[k], losses[k]) for k in losses)
-    assert head.pool_embeddings.shape == (4, model.backbone.output_shape()["res5"].channels)
+    assert head.pool_embeddings.shape == (
+        4,
+        model.backbone.output_shape()[head.in_feature].channels,
+    )
     # Every embedding has a positive and a negative: features are not negative.
     ones = torch.ones_like(head.pool_embeddings[:1])
     head.encoder.period, head.pool_embeddings = 0, torch.cat([ones, -ones])
@@ -225,9 +228,8 @@ def test_the_loss_comes_beside_the_others_and_reaches_masks_and_backbone():
     torch.manual_seed(1)
     model(batch_of([(64, 96)], [3]))["loss_exemplar"].backward()
     touched = {k for k, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert {"roi_heads.mask_head.predictor.weight", "backbone.bottom_up.res5.0.conv1.weight"} <= (
-        touched
-    )
+    deep = f"backbone.bottom_up.{head.in_feature}.0.conv1.weight"
+    assert {"roi_heads.mask_head.predictor.weight", deep} <= touched
     assert not any("box" in k for k in touched)
 
 
