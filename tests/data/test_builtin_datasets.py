@@ -2,11 +2,11 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import conftest
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -293,7 +293,9 @@ def test_root_is_read_at_import_and_registration_repeats():
 
 @pytest.mark.parametrize(("images", "taken"), [(150, True), (5000, False), (None, False)])
 def test_a_tree_that_is_not_the_shared_subset_is_skipped(tmp_path, monkeypatch, images, taken):
-    find = conftest.shared_datasets.__wrapped__
+    # By its path: which of several files is the module "conftest" depends on pytest's arguments.
+    path = Path(__file__).parents[1] / "conftest.py"
+    find = runpy.run_path(str(path))["shared_datasets"].__wrapped__
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     if images is not None:
         file = tmp_path / "coco/annotations/instances_val2017.json"
