@@ -212,7 +212,10 @@ def test_killed_and_resumed_gives_the_same_bytes(source, classes, config, tmp_pa
     if source == "kmeans":  # once in each pass
         places.insert(0, output.parent / "pool.npz.features.parts")
     for place in places:
-        process = multiprocessing.get_context("fork").Process(target=_slow_run, args=(args, 0.5))
+        # Not forked: torch's and OpenCV's threads do not survive a fork, and their next call hangs.
+        process = multiprocessing.get_context("spawn").Process(
+            target=_slow_run, args=(args, 0.5), daemon=True
+        )
         process.start()
         wait_until(lambda place=place, p=process: _lines(place) or not p.is_alive())
         os.kill(process.pid, signal.SIGKILL)

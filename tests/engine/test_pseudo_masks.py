@@ -164,8 +164,9 @@ def test_several_processes_of_one_launch(folder, tmp_path):
     assert bytes_of(output) == bytes_of(tmp_path / "whole/x.json")
 
 
-def _collect(folder, output, results):
+def _collect(folder, output, ready, results):
     job = PseudoMaskJob(load_config(CONFIG, OPTS), images_in_folder(folder), output)
+    ready.set()
     results.put(job.collect_if_complete() is not None)
 
 
@@ -177,11 +178,13 @@ def test_one_of_two_shards_that_end_together_writes_the_file(folder, tmp_path, m
     model = build_model(cfg)
     units = job.work_dir.missing()
     job.run(model, units[:-1], name="a")
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
+    context = multiprocessing.get_context("spawn")
+    ready, results = context.Event(), context.Queue()
     with job.work_dir.lock():
-        other = context.Process(target=_collect, args=(folder, tmp_path / "x.json", results))
+        arguments = (folder, tmp_path / "x.json", ready, results)
+        other = context.Process(target=_collect, args=arguments, daemon=True)
         other.start()
+        assert ready.wait(timeout=120)
         assert job.work_dir.missing() == units[-1:]
         job.run(model, units[-1:], name="b")
     other.join()

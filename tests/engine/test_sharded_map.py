@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from processes import wait_until
 
 from unseg.engine.sharded_map import WorkDir, sharded_map
 
@@ -102,14 +103,17 @@ def _work(path):
 
 def test_killed_again_and_again(tmp_path):
     """kill -9 at odd moments; the collected results are those of an undisturbed run."""
-    open_job(tmp_path / "job")
-    context = multiprocessing.get_context("fork")
-    for delay in (0.12, 0.31, 0.07, 0.22):
-        process = context.Process(target=_work, args=(tmp_path / "job",))
+    work = open_job(tmp_path / "job")
+    context = multiprocessing.get_context("spawn")
+    for delay in (0.12, 0.07):
+        before = work.missing()
+        process = context.Process(target=_work, args=(tmp_path / "job",), daemon=True)
         process.start()
+        wait_until(lambda before=before, p=process: work.missing() != before or not p.is_alive())
         time.sleep(delay)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
+    assert work.missing()  # the last one killed had not come to the end
     _work(tmp_path / "job")
     assert list(open_job(tmp_path / "job", resume=True).results()) == EXPECTED
 
@@ -138,17 +142,17 @@ def _finish(path, ready, results):
 
 
 def test_who_comes_second_waits_for_the_lock_and_finds_the_folder_gone(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     ready, results = context.Semaphore(0), context.Queue()
     work = open_job(tmp_path / "job")
     with work.lock() as locked:  # so that both of the others have to wait
         assert locked
         arguments = (work.path, ready, results)
-        processes = [context.Process(target=_finish, args=arguments) for _ in range(2)]
+        processes = [context.Process(target=_finish, args=arguments, daemon=True) for _ in range(2)]
         for process in processes:
             process.start()
         for _ in processes:
-            assert ready.acquire(timeout=10)
+            assert ready.acquire(timeout=120)
         time.sleep(0.1)
         assert results.empty()
     first, second = sorted(results.get(timeout=10) for _ in range(2))
