@@ -1,0 +1,1 @@
+"""Segmentation by the eigenvectors of patch graphs."""
