@@ -2,6 +2,7 @@
 
 from unseg.layers import PackedMasks
 from unseg.structures.exemplar_pool import Exemplar, ExemplarPool
+from unseg.structures.grid import GRID_MODES, GridLabels, sample_on_grid
 from unseg.structures.pseudo_mask import (
     RLE,
     ImageRecord,
@@ -12,13 +13,16 @@ from unseg.structures.pseudo_mask import (
 )
 
 __all__ = [
+    "GRID_MODES",
     "RLE",
     "Exemplar",
     "ExemplarPool",
+    "GridLabels",
     "ImageRecord",
     "PackedMasks",
     "PseudoMask",
     "encode_masks",
     "make_pseudo_masks",
+    "sample_on_grid",
     "stack_masks",
 ]
