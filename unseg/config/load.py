@@ -8,10 +8,12 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from unseg.config.common import add_common_config
+from unseg.config.deep_spectral import add_deep_spectral_config
 from unseg.config.discovery import add_discovery_config
 from unseg.config.exemplar import add_exemplar_config
 from unseg.config.freesolo import add_freesolo_config
 from unseg.config.self_training import add_self_training_config
+from unseg.config.vit import add_vit_config
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,9 @@ def add_unseg_config(cfg: CfgNode) -> None:
     add_discovery_config(cfg)
     add_freesolo_config(cfg)
     add_exemplar_config(cfg)
+    add_deep_spectral_config(cfg)
     add_self_training_config(cfg)
+    add_vit_config(cfg)
 
 
 def get_cfg() -> CfgNode:

@@ -1,6 +1,12 @@
 """Models. Importing registers backbones, heads and meta-architectures with Detectron2."""
 
-from unseg.modeling.backbone import FilterBank, FPNWithBottomUp, build_filter_bank_backbone
+from unseg.modeling.backbone import (
+    DinoViT,
+    FilterBank,
+    FPNWithBottomUp,
+    build_dino_vit_backbone,
+    build_filter_bank_backbone,
+)
 from unseg.modeling.exemplars import (
     ExemplarContrast,
     ExemplarFeatureError,
@@ -12,6 +18,7 @@ from unseg.modeling.meta_arch import ExemplarFreeSOLO, FreeSOLO, MaskDiscovery
 from unseg.modeling.roi_heads import ExemplarROIHeads
 
 __all__ = [
+    "DinoViT",
     "ExemplarContrast",
     "ExemplarFeatureError",
     "ExemplarFreeSOLO",
@@ -20,6 +27,7 @@ __all__ = [
     "FilterBank",
     "FreeSOLO",
     "MaskDiscovery",
+    "build_dino_vit_backbone",
     "build_filter_bank_backbone",
     "encode_exemplars",
     "find_exemplar_head",
