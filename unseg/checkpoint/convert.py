@@ -10,6 +10,7 @@ from unseg.checkpoint.files import atomic_write
 from unseg.checkpoint.freesolo import check_freesolo
 from unseg.checkpoint.resnet import Weights, convert_resnet
 from unseg.checkpoint.safe import CheckpointError, load_weights_file
+from unseg.checkpoint.vit import convert_vit
 
 
 def _unwrap(content: Any, path: str, keys: tuple[str, ...]) -> Weights:
@@ -25,14 +26,20 @@ def _unwrap(content: Any, path: str, keys: tuple[str, ...]) -> Weights:
     return weights
 
 
-def _under_prefix(weights: Weights, prefixes: tuple[str, ...], path: str) -> Weights:
-    """Keys below the first of the prefixes under which there is a ResNet stem."""
+def _under_prefix(
+    weights: Weights,
+    prefixes: tuple[str, ...],
+    path: str,
+    first: str = "conv1.weight",
+    what: str = "ResNet",
+) -> Weights:
+    """Keys below the first of the prefixes under which there is `first`, a weight of `what`."""
     for prefix in prefixes:
-        if f"{prefix}conv1.weight" in weights:
+        if f"{prefix}{first}" in weights:
             return {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
     raise CheckpointError(
-        f"{path} holds no ResNet: none of "
-        + ", ".join(repr(f"{p}conv1.weight") for p in prefixes)
+        f"{path} holds no {what}: none of "
+        + ", ".join(repr(f"{p}{first}") for p in prefixes)
         + f" is among its {len(weights)} keys, e.g. {sorted(weights)[:3]}"
     )
 
@@ -45,6 +52,16 @@ def _resnet_converter(
         return convert_resnet(_under_prefix(weights, prefixes, path), path)
 
     return convert_content
+
+
+def _convert_dino(content: Any, path: str) -> Weights:
+    """DINO's ResNet-50 or one of its ViTs, from a whole training state or the backbone only."""
+    weights = _unwrap(content, path, ("teacher",))
+    prefixes = ("module.backbone.", "backbone.", "module.", "")
+    stem = "patch_embed.proj.weight"
+    if any(name.endswith((stem, "cls_token")) for name in weights):
+        return convert_vit(_under_prefix(weights, prefixes, path, stem, "ViT"), path)
+    return convert_resnet(_under_prefix(weights, prefixes, path), path)
 
 
 def _convert_freesolo(content: Any, path: str) -> Weights:
@@ -60,8 +77,8 @@ CONVERTERS: dict[str, Callable[[Any, str], Weights]] = {
     "moco": _resnet_converter(
         ("state_dict",), ("module.encoder_q.", "encoder_q.", "module.base_encoder.", "")
     ),
-    # https://github.com/facebookresearch/dino: the ResNet-50, whole state or backbone only
-    "dino": _resnet_converter(("teacher",), ("module.backbone.", "backbone.", "module.", "")),
+    # https://github.com/facebookresearch/dino: whole state or backbone only; timm's files of it
+    "dino": _convert_dino,
     "torchvision": _resnet_converter((), ("",)),
     # https://github.com/NVlabs/FreeSOLO: a whole model under our names already
     "freesolo": _convert_freesolo,
@@ -78,7 +95,8 @@ def convert(kind: str, path: str | os.PathLike) -> dict[str, Any]:
     Returns:
         ``{"model": {name: tensor}, "__author__": ..., "matching_heuristics": bool}``. A backbone
         has heuristics on: Detectron2 loads it into any model with that ResNet, with or without an
-        FPN around it. A FreeSOLO is loaded by its names, without optimizer and schedule.
+        FPN around it, or with that ViT (``build_dino_vit_backbone``). A FreeSOLO is loaded by its
+        names, without optimizer and schedule.
 
     Raises:
         KeyError: the kind is unknown.
