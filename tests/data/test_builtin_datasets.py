@@ -61,7 +61,7 @@ COCO_FORM = [
     for d in builtin_datasets("")
     if "annotation_file" in d.metadata
     for name in [d.name]
-    if not any(word in name for word in ("lvis_", "video", "dense", "unlabeled"))
+    if not any(word in name for word in ("lvis_", "video", "dense", "unlabeled", "frames"))
 ]
 
 

@@ -8,6 +8,8 @@ from unseg.data.datasets.pseudo import (
     register_if_file,
     register_pseudo_masks,
 )
+from unseg.data.datasets.video_frames import register_video_frames
+from unseg.data.instance_map import instance_index_map
 from unseg.data.mappers import MAPPERS, build_mapper
 
 __all__ = [
@@ -16,7 +18,9 @@ __all__ = [
     "build_test_loader",
     "build_train_loader",
     "image_root_of",
+    "instance_index_map",
     "register_datasets_in_config",
     "register_if_file",
     "register_pseudo_masks",
+    "register_video_frames",
 ]

@@ -63,9 +63,10 @@ def sample_on_grid(
         extent: fractions of H and W that the grid covers, from the top left.
         mode: "center": the pixel at each cell's centre (the one to its lower right where the centre
             lies between pixels). "corner": its top left pixel, what OpenCV's and torch's "nearest"
-            take of the part that is covered (where their rounding does not take its neighbour). "majority": the most frequent value among the pixels
-            whose centres lie in the cell, the smallest of several; a cell smaller than a pixel may
-            hold none and takes the pixel at its centre.
+            take of the part that is covered (where their rounding does not take its neighbour).
+            "majority": the most frequent value among the pixels whose centres lie in the cell, the
+            smallest of several; a cell smaller than a pixel may hold none and takes the pixel at
+            its centre.
 
     Returns:
         (h, w) int32.

@@ -87,7 +87,23 @@ LVIS_FILES = {
     "unseg_lvis_v0.5_train_cls_agnostic": ("coco", "lvis/lvis_v0.5_train.json"),
     "unseg_lvis_v0.5_val_cls_agnostic": ("coco", "lvis/lvis_v0.5_val.json"),
 }
+# In the YouTube-VIS form, read as frames. The official valid and test files have no annotations.
 VIDEO_FILES = {
+    **{
+        f"unseg_ytvis_{year}_{split}_frames_cls_agnostic": (
+            f"ytvis_{year}/{split}/JPEGImages",
+            f"ytvis_{year}/{split}.json",
+        )
+        for year in (2019, 2021)
+        for split in ("train", "valid", "test")
+    },
+    **{
+        f"unseg_ovis_{split}_frames_cls_agnostic": (
+            f"ovis/Images/{split}",
+            f"ovis/annotations_{split}.json",
+        )
+        for split in ("train", "valid", "test")
+    },
     "unseg_uvo_train_dense_cls_agnostic": (
         "UVO/uvo_videos_dense_frames",
         "UVO/VideoDenseSet/UVO_video_train_dense.json",

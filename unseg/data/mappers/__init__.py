@@ -2,6 +2,7 @@
 
 from unseg.data.mappers.augmentation import ResizeShortestEdge, build_augmentations
 from unseg.data.mappers.instance_mapper import InstanceMapper
+from unseg.data.mappers.oracle_mapper import OracleMapper
 from unseg.data.mappers.registry import MAPPERS, build_mapper
 from unseg.data.mappers.strong_view import StrongViewSettings, strong_view
 from unseg.data.mappers.two_view_mapper import TwoViewInstanceMapper
@@ -9,6 +10,7 @@ from unseg.data.mappers.two_view_mapper import TwoViewInstanceMapper
 __all__ = [
     "MAPPERS",
     "InstanceMapper",
+    "OracleMapper",
     "ResizeShortestEdge",
     "StrongViewSettings",
     "TwoViewInstanceMapper",
