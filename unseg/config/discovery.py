@@ -13,6 +13,9 @@ def add_discovery_config(cfg: CfgNode) -> None:
     cfg.DISCOVERY.NAME = "FreeMask"
     # The backbone output that the discoverer reads, e.g. "res5" or "filter_bank".
     cfg.DISCOVERY.IN_FEATURE = "res5"
+    # Images with more patches (cells of that output) than this are made smaller, 0 for no limit:
+    # discoverers that compare all patches need memory and time for the square of their number.
+    cfg.DISCOVERY.MAX_PATCHES = 0
     # unseg.tools.pseudo_masks: images per batch, the lowest score and the most masks per image
     # that are written. They apply to whatever model produced the masks.
     cfg.DISCOVERY.BATCH_SIZE = 8
@@ -42,6 +45,39 @@ def add_discovery_config(cfg: CfgNode) -> None:
     free_mask.MAX_AREA = 1.0
     # Length of the embedding stored with each mask: its query, resized along channels.
     free_mask.EMBEDDING_DIM = 128
+
+    # TokenCut (Wang et al., CVPR 2022): one object per image, as the mask of its patches. Defaults
+    # are the paper's.
+    token_cut = cfg.DISCOVERY.TOKENCUT = CfgNode()
+    # Two patches are joined by a weight of 1 where the cosine of their features exceeds this, ...
+    token_cut.THRESHOLD = 0.2
+    # ... by this one elsewhere.
+    token_cut.FLOOR = 1e-5
+    # The object is one connected part of the foreground, of patches that touch at their sides (4)
+    # or also at their corners (8).
+    token_cut.CONNECTIVITY = 4
+    # From patches to pixels: "nearest" keeps the patches' squares, "bilinear" rounds them off.
+    token_cut.UPSAMPLE = "nearest"
+    # Of the eigenproblem: "dense", "lanczos", "lobpcg", or "auto" by the number of patches.
+    token_cut.SOLVER = "auto"
+
+    # MaskCut (CutLER, Wang et al., CVPR 2023), without the CRF that refines the paper's masks:
+    # several objects per image, one TokenCut after the other. Defaults are the paper's.
+    mask_cut = cfg.DISCOVERY.MASKCUT = CfgNode()
+    # As for TokenCut. The paper's threshold for COCO and ImageNet.
+    mask_cut.THRESHOLD = 0.15
+    mask_cut.FLOOR = 1e-5
+    mask_cut.CONNECTIVITY = 4
+    mask_cut.UPSAMPLE = "nearest"
+    mask_cut.SOLVER = "auto"
+    # Number of cuts, and so the most masks of an image.
+    mask_cut.MAX_MASKS = 3
+    # A foreground with more corners of the image than this is taken for the background; 4 is off.
+    mask_cut.MAX_CORNERS = 2
+    # Masks are dropped whose IoU with an earlier one exceeds this, ...
+    mask_cut.MAX_IOU = 0.5
+    # ... and whose area is not above this fraction of the image.
+    mask_cut.MIN_AREA = 0.01
 
     bank = cfg.MODEL.FILTER_BANK = CfgNode()
     # Pixels per feature cell: 8 or 4.

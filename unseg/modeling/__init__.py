@@ -14,10 +14,11 @@ from unseg.modeling.exemplars import (
     find_exemplar_head,
     with_exemplars,
 )
-from unseg.modeling.meta_arch import ExemplarFreeSOLO, FreeSOLO, MaskDiscovery
+from unseg.modeling.meta_arch import DeepSpectral, ExemplarFreeSOLO, FreeSOLO, MaskDiscovery
 from unseg.modeling.roi_heads import ExemplarROIHeads
 
 __all__ = [
+    "DeepSpectral",
     "DinoViT",
     "ExemplarContrast",
     "ExemplarFeatureError",

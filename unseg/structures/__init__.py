@@ -9,6 +9,7 @@ from unseg.structures.pseudo_mask import (
     PseudoMask,
     encode_masks,
     make_pseudo_masks,
+    pad_pseudo_masks,
     stack_masks,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "PseudoMask",
     "encode_masks",
     "make_pseudo_masks",
+    "pad_pseudo_masks",
     "sample_on_grid",
     "stack_masks",
 ]

@@ -3,7 +3,7 @@
 Legend: N masks of an image, H W its height and width in pixels, D embedding length.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,22 @@ def make_pseudo_masks(
         )
     rles = encode_masks(masks)
     return [PseudoMask(r, s, v) for r, s, v in zip(rles, scores.tolist(), vectors, strict=True)]
+
+
+def pad_pseudo_masks(masks: list[PseudoMask], height: int, width: int) -> list[PseudoMask]:
+    """The masks of the top left part of an image as masks of the whole image of that size.
+
+    Raises:
+        ValueError: a mask is larger than the image.
+    """
+    padded = []
+    for mask in masks:
+        rows, columns = mask.rle["size"]
+        if rows > height or columns > width:
+            raise ValueError(f"a mask of {rows} x {columns} does not fit into {height} x {width}")
+        large = np.pad(mask.decode(), ((0, height - rows), (0, width - columns)))
+        padded.append(replace(mask, rle=encode_masks(large[None])[0]))
+    return padded
 
 
 @dataclass

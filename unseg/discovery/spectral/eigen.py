@@ -19,6 +19,8 @@ _MIN_DEGREE = 1e-12
 # makes it one vector again.
 _DISCONNECTED = 1e-6
 _TOLERANCE = 1e-5
+# The trivial eigenvalue goes at least this far below 0.
+_MIN_DEPTH = 0.01
 
 
 class EigenError(RuntimeError):
@@ -30,8 +32,9 @@ def laplacian_eigenpairs(
 ) -> tuple[Tensor, Tensor]:
     """The smallest solutions of (D - W) v = lambda D v, with D the row sums of W.
 
-    The first is the constant vector of eigenvalue 0 (0 at nodes without any weight). Reproducible: iterations start from a fixed
-    vector. The sign of a vector is that of the solver, see :func:`orient`.
+    The first is the constant vector of eigenvalue 0 (0 at nodes without any weight). Reproducible:
+    iterations start from a fixed vector. The sign of a vector is that of the solver, see
+    :func:`orient`.
 
     Args:
         weights: (n, n) float, symmetric and not negative. Not changed.
@@ -107,7 +110,8 @@ def _solve(weights: Tensor, degree: Tensor, count: int, solver: str) -> tuple[Te
             return values, u * root[:, None]
     root, trivial = root.double(), trivial.double()
     symmetric = (weights.double() * root).mul_(root[:, None])
-    symmetric -= 2 * torch.outer(trivial, trivial)  # mu = 1 becomes -1, the smallest of all
+    # mu = 1 becomes -2: the others are in [-1, 1], and -1 occurs (bipartite graphs).
+    symmetric.addr_(trivial, trivial, alpha=-3)
     mu, u = torch.linalg.eigh(symmetric)
     mu, u = mu.flip(0)[: count - 1], u.flip(1)[:, : count - 1]
     values = torch.cat((mu.new_zeros(1), 1 - mu))
@@ -117,25 +121,32 @@ def _solve(weights: Tensor, degree: Tensor, count: int, solver: str) -> tuple[Te
 def _iterate(
     symmetric: Tensor, trivial: Tensor, count: int, solver: str
 ) -> tuple[Tensor, Tensor] | None:
-    """The largest eigenpairs orthogonal to `trivial`, None if the iteration does not converge."""
+    """The largest eigenpairs orthogonal to `trivial`, None if the iteration does not converge.
+
+    `symmetric` may be changed.
+    """
     nodes = len(symmetric)
     start = np.random.default_rng(0).standard_normal((nodes, 3 * count))
+    # The trivial eigenvalue moves below all others, which the norm of the rest bounds: at 0 it would
+    # be found again where fewer than `count` of them are positive. The bound is small because what
+    # is far from the wanted values costs precision.
+    depth = float((symmetric.norm().square() - 1).clamp(min=_MIN_DEPTH**2).sqrt())
     if solver == "lobpcg":
         if nodes < 9 * count:  # torch's condition
             return None
         block = torch.from_numpy(start).to(symmetric)
-        deflated = symmetric - torch.outer(trivial, trivial)
+        deflated = symmetric.addr_(trivial, trivial, alpha=-1 - depth)
         mu, u = torch.lobpcg(deflated, count, X=block[:, : 2 * count], tol=_TOLERANCE, niter=200)
-        residual = (symmetric @ u - u * mu).norm(dim=0).max()
-        return (mu[:count], u[:, :count]) if residual < 100 * _TOLERANCE else None
+        residual = (deflated @ u - u * mu).norm(dim=0).max()
+        return (mu[:count], u[:, :count]) if residual < 10 * _TOLERANCE else None
     matrix, known = symmetric.numpy(), trivial.numpy()
     flat = torch.from_numpy(matrix)
 
     def multiply(x: np.ndarray) -> np.ndarray:
         x = x.reshape(-1)
-        x = torch.from_numpy(x - known * (known @ x))
-        y = torch.mv(flat, x).numpy()
-        return y - known * (known @ y)
+        part = known @ x
+        y = torch.mv(flat, torch.from_numpy(x - known * part)).numpy()
+        return y - known * (known @ y + depth * part)
 
     operator = LinearOperator(matrix.shape, matvec=multiply, dtype=matrix.dtype)
     try:

@@ -1,7 +1,8 @@
 """Meta-architectures."""
 
+from unseg.modeling.meta_arch.deep_spectral import DeepSpectral
 from unseg.modeling.meta_arch.exemplar_freesolo import ExemplarFreeSOLO
 from unseg.modeling.meta_arch.freesolo import FreeSOLO
 from unseg.modeling.meta_arch.mask_discovery import MaskDiscovery
 
-__all__ = ["ExemplarFreeSOLO", "FreeSOLO", "MaskDiscovery"]
+__all__ = ["DeepSpectral", "ExemplarFreeSOLO", "FreeSOLO", "MaskDiscovery"]

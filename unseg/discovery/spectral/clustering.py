@@ -1,0 +1,89 @@
+"""Clusters of embedded patches, and how many there are.
+
+Legend: f points, d dimensions, K clusters.
+"""
+
+import warnings
+
+import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import silhouette_score
+from threadpoolctl import threadpool_limits
+
+# The mean silhouette is taken over a sample of so many points: it needs all distances.
+_SILHOUETTE_POINTS = 1000
+
+
+def kmeans(points: np.ndarray, count: int, *, seed: int = 0, num_init: int = 10) -> np.ndarray:
+    """scikit-learn's k-means++; clusters are numbered in the order of their first points.
+
+    Args:
+        points: (f, d) float.
+        count: K, from 1 to the number of points. Fewer distinct points make fewer clusters.
+
+    Returns:
+        (f,) int64 from 0.
+
+    Raises:
+        ValueError: `count` is not in that range.
+    """
+    if not 1 <= count <= len(points):
+        raise ValueError(f"count must be from 1 to {len(points)} points, got {count}")
+    if count == 1:
+        return np.zeros(len(points), dtype=np.int64)
+    model = KMeans(count, n_init=num_init, random_state=seed)
+    # Threads cost far more than they save on a few thousand points.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters
+        labels = model.fit_predict(points)
+    _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[labels].astype(np.int64)
+
+
+def cluster_by_silhouette(
+    points: np.ndarray, max_count: int, *, min_silhouette: float, seed: int = 0, num_init: int = 10
+) -> np.ndarray:
+    """k-means with the number of clusters, up to `max_count`, of the greatest mean silhouette.
+
+    Returns:
+        (f,) int64 from 0; one cluster where no silhouette reaches `min_silhouette`.
+    """
+    best, labels = min_silhouette, np.zeros(len(points), dtype=np.int64)
+    for count in range(2, min(max_count, len(points) - 1) + 1):
+        candidate = kmeans(points, count, seed=seed, num_init=num_init)
+        found = candidate.max() + 1
+        if found < count:  # there are no more distinct points
+            break
+        with threadpool_limits(1):
+            quality = silhouette_score(
+                points, candidate, sample_size=_sample(points, candidate), random_state=seed
+            )
+        if quality > best or (count == 2 and quality == best):
+            best, labels = quality, candidate
+    return labels
+
+
+def _sample(points: np.ndarray, labels: np.ndarray) -> int | None:
+    """Size of a sample for silhouettes, None for all: rare clusters must not fall out of it."""
+    if len(points) <= _SILHOUETTE_POINTS:
+        return None
+    rarest = np.bincount(labels).min()
+    return None if rarest * _SILHOUETTE_POINTS < 10 * len(points) else _SILHOUETTE_POINTS
+
+
+def count_by_eigengap(eigenvalues: np.ndarray, max_count: int, *, background: bool) -> int:
+    """The number of clusters after which eigenvalues rise most, the first gap left out.
+
+    A graph of K + 1 parts, the background among them, has K + 1 small eigenvalues.
+
+    Args:
+        eigenvalues: in rising order, the trivial one first.
+        max_count: the largest answer.
+        background: whether the graph has a node that is background.
+    """
+    gaps = np.diff(np.asarray(eigenvalues, dtype=np.float64))[1 : max_count + 1]
+    if len(gaps) == 0:
+        return 1
+    count = int(np.argmax(gaps)) + 1
+    return min(count if background else count + 1, max_count)
