@@ -15,7 +15,7 @@ from unseg.discovery.spectral.masks import (
     segments_to_masks,
     spectral_masks,
 )
-from unseg.discovery.spectral.segment import Segments, segment
+from unseg.discovery.spectral.segmentation import Segments, segment
 from unseg.discovery.spectral.settings import SpectralSettings
 
 __all__ = [

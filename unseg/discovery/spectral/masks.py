@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from unseg.discovery.registry import DISCOVERERS
-from unseg.discovery.spectral.segment import Segments, segment
+from unseg.discovery.spectral.segmentation import Segments, segment
 from unseg.discovery.spectral.settings import SpectralSettings
 from unseg.structures import PseudoMask, make_pseudo_masks
 
