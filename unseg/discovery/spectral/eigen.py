@@ -127,8 +127,8 @@ def _iterate(
     """
     nodes = len(symmetric)
     start = np.random.default_rng(0).standard_normal((nodes, 3 * count))
-    # The trivial eigenvalue moves below all others, which the norm of the rest bounds: at 0 it would
-    # be found again where fewer than `count` of them are positive. The bound is small because what
+    # The trivial eigenvalue moves below all others, which the norm of the rest bounds: at 0 it is
+    # found again where fewer than `count` of them are positive. The bound is small because what
     # is far from the wanted values costs precision.
     depth = float((symmetric.norm().square() - 1).clamp(min=_MIN_DEPTH**2).sqrt())
     if solver == "lobpcg":
