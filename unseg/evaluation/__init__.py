@@ -3,7 +3,15 @@
 from unseg.evaluation.build import DEFAULT_EVALUATORS, EVALUATORS, build_evaluator
 from unseg.evaluation.coco_api import evaluate_class_agnostic
 from unseg.evaluation.coco_class_agnostic import ClassAgnosticCOCOEvaluator
+from unseg.evaluation.matching import (
+    confusion_of_labels,
+    foreground_f_score,
+    frame_miou,
+    hungarian,
+    pairwise_iou_of_labels,
+)
 from unseg.evaluation.stock import COCOEvaluator, LVISEvaluator
+from unseg.evaluation.video_miou import VideoMIoUEvaluator
 
 __all__ = [
     "DEFAULT_EVALUATORS",
@@ -11,6 +19,12 @@ __all__ = [
     "COCOEvaluator",
     "ClassAgnosticCOCOEvaluator",
     "LVISEvaluator",
+    "VideoMIoUEvaluator",
     "build_evaluator",
+    "confusion_of_labels",
     "evaluate_class_agnostic",
+    "foreground_f_score",
+    "frame_miou",
+    "hungarian",
+    "pairwise_iou_of_labels",
 ]
