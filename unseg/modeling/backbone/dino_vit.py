@@ -33,13 +33,11 @@ class _CachedPositions(NamedTuple):
     """Positions for one grid, and what they were computed from.
 
     Attributes:
-        source: the weights' storage; holding it keeps its address from being used again.
-        version: torch's count of in-place changes of those weights.
+        weights: a copy of the position embedding (1, 1+g*g, C).
         positions: (1, 1+N, C).
     """
 
-    source: Tensor
-    version: int
+    weights: Tensor
     positions: Tensor
 
 
@@ -186,26 +184,28 @@ class DinoViT(Backbone):
         return maps
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding (1, 1+N, C) for a grid; kept for the next image where it may be.
+        """Position embedding (1, 1+N, C) for a grid.
 
-        Writing into ``pos_embed.data`` is the one change of the weights that torch does not count.
+        Resampling takes a CPU up to a few hundredths of a second: without gradients, the last grids
+        are kept. Whether they are still right is decided by comparing the weights, since torch
+        counts neither what fused optimizers write nor what is written through ``data``. On a GPU
+        the comparison would stop the queue, and resampling is one kernel.
         """
         weights = self.vit.pos_embed
         needs_grad = torch.is_grad_enabled() and weights.requires_grad
-        if needs_grad or weights.is_inference():  # inference tensors have no version
+        if needs_grad or weights.device.type != "cpu":
             return interpolate_positions(weights, grid)
         # Entries are read and replaced as a whole: threads may share this dict.
         entry = self._cache.get(grid)
         if (
             entry is None
-            or entry.version != weights._version
-            or entry.source.data_ptr() != weights.data_ptr()
+            or entry.weights.dtype != weights.dtype
+            or not torch.equal(entry.weights, weights)
         ):
-            while len(self._cache) >= _MAX_CACHED_GRIDS:
-                self._cache.pop(next(iter(self._cache)), None)
-            entry = _CachedPositions(
-                weights.detach(), weights._version, interpolate_positions(weights, grid)
-            )
+            if len(self._cache) >= _MAX_CACHED_GRIDS:
+                self._cache = {}
+            copied = weights.detach().clone()
+            entry = _CachedPositions(copied, interpolate_positions(copied, grid))
             self._cache[grid] = entry
         return entry.positions
 
