@@ -71,6 +71,9 @@ def add_deep_spectral_config(cfg: CfgNode) -> None:
     node.SPLIT_COMPONENTS = True
     node.MIN_AREA = 0.01
     node.UPSAMPLE = "bilinear"
+    # Length of the embedding stored with each mask (ours): the mean feature of its patches, resized
+    # along channels. FreeSOLO's semantic loss can be trained on it.
+    node.EMBEDDING_DIM = 128
 
     # Add the foreground, eigenvectors and kept channels to the model's outputs.
     node.OUTPUT_INTERMEDIATES = False

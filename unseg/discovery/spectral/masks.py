@@ -46,13 +46,22 @@ def labels_to_masks(labels: Tensor, image_size: tuple[int, int], *, mode: str) -
 
 
 def segments_to_masks(
-    segments: Segments, image_size: tuple[int, int], *, upsample: str
+    segments: Segments, image_size: tuple[int, int], settings: SpectralSettings
 ) -> list[PseudoMask]:
-    """The instances as pseudo-masks, in falling order of score."""
+    """The instances as pseudo-masks, in falling order of score.
+
+    Their embeddings are resized along channels, like those of free masks.
+    """
     if len(segments.scores) == 0:
         return []
-    masks = labels_to_masks(segments.labels, image_size, mode=upsample)
-    return make_pseudo_masks(masks, segments.scores)
+    masks = labels_to_masks(segments.labels, image_size, mode=settings.upsample)
+    embeddings = F.interpolate(
+        segments.embeddings[:, None],
+        size=settings.embedding_dim,
+        mode="linear",
+        align_corners=False,
+    )[:, 0]
+    return make_pseudo_masks(masks, segments.scores, embeddings)
 
 
 def spectral_masks(
@@ -83,7 +92,7 @@ def spectral_masks(
         logger.info("no instances: %s", segments.reason)
         if dropped is not None:
             dropped[f"images: {segments.reason}"] += 1
-    return segments_to_masks(segments, image_size, upsample=settings.upsample)
+    return segments_to_masks(segments, image_size, settings)
 
 
 @DISCOVERERS.register()

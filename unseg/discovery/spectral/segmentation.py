@@ -38,6 +38,7 @@ class Segments:
     Attributes:
         labels: (h, w) int64, 0 for background, 1 to K for the instances, best score first.
         scores: (K,) float in (0, 1].
+        embeddings: (K, C) float, mean of the L2-normalised features of each instance's patches.
         reason: why there are no instances; empty if there are some.
         fiedler: (h, w) float, second eigenvector of the foreground graph, or None.
         foreground: (h, w) bool, after the clean-up, or None.
@@ -48,6 +49,7 @@ class Segments:
 
     labels: Tensor
     scores: Tensor
+    embeddings: Tensor
     reason: str = ""
     fiedler: Tensor | None = None
     foreground: Tensor | None = None
@@ -87,7 +89,8 @@ def segment(
         reason = ""
     except NothingFoundError as nothing:
         labels, scores, reason = x.new_zeros(grid), x.new_zeros(0), str(nothing)
-    return Segments(labels.long(), scores, reason, **found)
+    labels = labels.long()
+    return Segments(labels, scores, _mean_features(x, labels, len(scores)), reason, **found)
 
 
 def _segment(
@@ -127,6 +130,12 @@ def _segment(
     if not labels.any():
         raise NothingFoundError("all segments are too small")
     return _by_score(labels, foreground, found["fiedler"])
+
+
+def _mean_features(x: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Mean of the L2-normalised rows (n, C) of each label from 1 to `count`, (K, C)."""
+    members = F.one_hot(labels.flatten(), count + 1)[:, 1:].to(x.dtype)
+    return members.t() @ F.normalize(x, dim=1) / members.sum(dim=0).clamp(min=1)[:, None]
 
 
 def _ncr_channels(x: Tensor, settings: SpectralSettings) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,7 @@ class SpectralSettings:
     split_components: bool = True
     min_area: float = 0.01
     upsample: str = "bilinear"
+    embedding_dim: int = 128
 
     def __post_init__(self) -> None:
         choices = {
@@ -84,6 +85,7 @@ class SpectralSettings:
                 raise ValueError(f"DEEP_SPECTRAL.{key} must be one of {allowed}, got {value!r}")
         least_one = {
             "NUM_EIGENVECTORS": self.num_eigenvectors,
+            "EMBEDDING_DIM": self.embedding_dim,
             "NCR.BINS": self.ncr.bins,
             "NCR.DIVISOR": self.ncr.divisor,
             "CLUSTERS.NUM": self.clusters.num,

@@ -150,5 +150,5 @@ class DeepSpectral(MaskDiscovery):
         self, segments: Segments, extent: tuple[float, float], size: tuple[int, int]
     ) -> list[PseudoMask]:
         covered = covered_size(size, extent)
-        masks = segments_to_masks(segments, covered, upsample=self.settings.upsample)
+        masks = segments_to_masks(segments, covered, self.settings)
         return masks if covered == size else pad_pseudo_masks(masks, *size)
