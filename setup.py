@@ -1,4 +1,4 @@
-"""Build `unseg`: a Python package and one optional extension with the mask ops.
+"""Build `unseg`: a Python package and one optional extension with its ops.
 
 Run with ``pip install --no-build-isolation -e .`` so that the extension is compiled against the
 torch that will load it. Without torch or a compiler the package installs all the same and the ops
@@ -72,7 +72,7 @@ def extension() -> dict:
         )
     except ImportError:
         warn(
-            "torch is not importable, the mask ops will run as plain PyTorch. If torch is "
+            "torch is not importable, unseg's ops will run as plain PyTorch. If torch is "
             "installed, use `pip install --no-build-isolation`."
         )
         return {}
@@ -84,7 +84,7 @@ def extension() -> dict:
             try:
                 super().build_extensions()
             except Exception as error:  # noqa: BLE001 (torch, ninja and distutils raise their own)
-                warn(f"could not compile the mask ops, they will run as plain PyTorch:\n{error}")
+                warn(f"could not compile unseg's ops, they will run as plain PyTorch:\n{error}")
                 self.extensions = []
 
     with_cuda = os.getenv("FORCE_CUDA", "0") == "1" or (

@@ -1,8 +1,9 @@
-// The kernels of mask_kernels.cuh on the host, launched as mask_ops.cu launches them, as C
-// functions on raw memory. Each returns null, or what went wrong. Rows are N x words; `meta` is
+// The kernels of mask_kernels.cuh and affinity_kernels.cuh on the host, launched as mask_ops.cu and
+// boc_affinity.cu launch them, as C functions on raw memory. Each returns null, or what went wrong. Rows are N x words; `meta` is
 // N x 8; `order` and `labels` are int64 (N,), labels may be null.
 #include "cuda_on_host.h"
 // After the stand-ins for CUDA.
+#include "../../unseg/layers/csrc/cuda/affinity_kernels.cuh"
 #include "../../unseg/layers/csrc/cuda/mask_kernels.cuh"
 
 using namespace unseg;
@@ -41,6 +42,15 @@ void launch_pack(const void* pixels, IsSet is_set, int count, int height, int wi
   launch(pack_kernel<IsSet>, dim3(count), dim3(kPackThreads),
          static_cast<const typename IsSet::Pixel*>(pixels), int64_t{size}, is_set, size, width,
          static_cast<int>(row_words(size)), bits, meta);
+}
+
+template <typename Real>
+const char* launch_boc(const Real* features, int count, int channels, Real* out) {
+  return guarded([=] {
+    const unsigned tiles = static_cast<unsigned>((count + kAffinityTile - 1) / kAffinityTile);
+    launch(boc_kernel<Real>, dim3(tiles, tiles), dim3(kAffinitySide, kAffinitySide), features,
+           int64_t{count}, int64_t{channels}, out);
+  });
 }
 
 __global__ void diverging_kernel() {
@@ -112,6 +122,13 @@ const char* matrix(const Word* bits, const int* meta, const int64_t* labels, con
     launch(decay_kernel, dim3((count + 255) / 256), dim3(256), best.data(), scores, order, count,
            kernel, sigma, decayed);
   });
+}
+
+const char* boc_float(const float* features, int count, int channels, float* out) {
+  return launch_boc(features, count, channels, out);
+}
+const char* boc_double(const double* features, int count, int channels, double* out) {
+  return launch_boc(features, count, channels, out);
 }
 
 // Kernels that are wrong: the first must fail, the second must miss some of the values.

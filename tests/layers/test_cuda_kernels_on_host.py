@@ -1,4 +1,4 @@
-"""The CUDA kernels of the mask ops, run on the host: no GPU needed.
+"""The CUDA kernels of the mask ops and of boc_affinity, run on the host: no GPU needed.
 
 cuda_on_host.h executes them thread by thread, in several orders; mask_kernels_on_host.cpp launches
 them as the ops do. What this leaves open is what only a GPU has: its memory model and its sort.
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import boc_oracle
 import mask_ops_oracle as oracle
 import numpy as np
 import pytest
@@ -209,6 +210,30 @@ def test_matrix_nms(kernels, case, labelled):
         )  # fmt: skip
         expected = oracle.matrix(masks, scores, labels, number, sigma)
         np.testing.assert_allclose(decayed, expected, rtol=0, atol=1e-6)
+
+
+# n, C: around the 64 rows of a tile and the 32 channels of a chunk
+@pytest.mark.parametrize("size", [(1, 1), (3, 0), (63, 31), (64, 32), (65, 33), (130, 70)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_boc_affinity(kernels, size, dtype):
+    features = boc_oracle.features(*size, dtype)
+    affinity = garbage((size[0], size[0]), dtype)
+    kernels("boc_float" if dtype == np.float32 else "boc_double", features, *size, affinity)
+    rtol = boc_oracle.tolerance(size[1], dtype)
+    np.testing.assert_allclose(affinity, boc_oracle.exact(features), rtol=rtol, atol=0)
+    assert affinity.tobytes() == boc_oracle.ordered(features).tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_boc_affinity_of_a_row_that_is_not_finite(kernels, bad):
+    features = boc_oracle.features(66, 40)
+    expected = boc_oracle.ordered(features)
+    features[9, 33] = bad
+    expected[9] = expected[:, 9] = 0
+    expected[9, 9] = 1
+    affinity = garbage((66, 66), np.float32)
+    kernels("boc_float", features, 66, 40, affinity)
+    assert np.array_equal(affinity, expected)
 
 
 def test_the_host_finds_what_is_wrong(kernels):

@@ -1,5 +1,6 @@
-"""Operations on tensors: mask overlaps and suppression, compiled where possible."""
+"""Operations on tensors: mask overlaps and suppression, affinities; compiled where possible."""
 
+from unseg.layers.boc_affinity import boc_affinity
 from unseg.layers.mask_ops import batched_mask_nms, keep_decayed, mask_iou, mask_nms, matrix_nms
 from unseg.layers.native import backend, has_native
 from unseg.layers.packed_masks import PackedMasks, pack_masks
@@ -8,6 +9,7 @@ __all__ = [
     "PackedMasks",
     "backend",
     "batched_mask_nms",
+    "boc_affinity",
     "has_native",
     "keep_decayed",
     "mask_iou",

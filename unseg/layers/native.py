@@ -1,9 +1,9 @@
-"""Loads the compiled mask ops (`unseg._C`, registered as ``torch.ops.unseg``).
+"""Loads the compiled ops (`unseg._C`, registered as ``torch.ops.unseg``).
 
 Importing this module loads the extension unless ``UNSEG_NO_EXT=1`` is set or it was not built. The
 fake kernels here tell torch.compile, export and meta tensors the shapes of the results.
 
-Dimensions: N, M masks, H W image.
+Dimensions: N, M masks, H W image, n rows of C features.
 """
 
 import importlib.util
@@ -32,13 +32,13 @@ def _load() -> bool:
     if os.environ.get("UNSEG_NO_EXT", "0") == "1":
         return False
     if importlib.util.find_spec("unseg._C") is None:
-        logger.info("unseg was built without its extension: mask ops run as plain PyTorch")
+        logger.info("unseg was built without its extension: its ops run as plain PyTorch")
         return False
     try:
         from unseg import _C  # noqa: F401 (importing it registers the ops)
     except ImportError as error:
         logger.warning(
-            "unseg._C does not fit this torch (%s): mask ops run as plain PyTorch. Reinstall with "
+            "unseg._C does not fit this torch (%s): its ops run as plain PyTorch. Reinstall with "
             "`pip install --no-build-isolation -e .`",
             error,
         )
@@ -78,8 +78,17 @@ def _register_fakes() -> None:
     def _(masks, meta, labels, scores, kernel, sigma):
         return masks.new_empty((masks.shape[0],), dtype=torch.float32)
 
+    if "boc_affinity" in _OPS:
+
+        @torch.library.register_fake("unseg::boc_affinity")
+        def _(features):
+            dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+            return features.new_empty((features.shape[0], features.shape[0]), dtype=dtype)
+
 
 _LOADED = _load()
+# Later than the first build: an extension compiled from older sources may lack them.
+_OPS = frozenset(name for name in ("boc_affinity",) if hasattr(torch.ops.unseg, name))
 # Device types with compiled kernels; "meta" is served by the fake ones.
 _DEVICES: frozenset[str] = frozenset()
 if _LOADED:
@@ -90,7 +99,7 @@ if _LOADED:
 
 
 def has_native(device: torch.device | str = "cpu") -> bool:
-    """Whether compiled mask ops are loaded for tensors on `device`.
+    """Whether compiled ops are loaded for tensors on `device`.
 
     Without them the same functions run as plain PyTorch, on the tensors' own device, with the same
     results. False after ``UNSEG_NO_EXT=1`` in the environment at import.
@@ -99,8 +108,17 @@ def has_native(device: torch.device | str = "cpu") -> bool:
     return kind in _DEVICES
 
 
+def has_op(name: str, device: torch.device | str = "cpu") -> bool:
+    """Whether the compiled op `name`, one of those added later, is loaded for `device`.
+
+    An extension built from older sources has the mask ops but not the later ones: these then run
+    as plain PyTorch, as without an extension.
+    """
+    return name in _OPS and has_native(device)
+
+
 def backend(device: torch.device | str = "cpu") -> str:
-    """What mask ops run on for tensors on `device`.
+    """What the ops run on for tensors on `device`.
 
     ``"avx512"``, ``"avx2"``, ``"popcnt"`` or ``"portable"`` for the CPU kernels: the best that the
     processor has, at most what the environment variable ``UNSEG_MASK_ISA`` names. ``"cuda"`` for

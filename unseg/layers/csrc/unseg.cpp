@@ -31,6 +31,8 @@ TORCH_LIBRARY(unseg, m) {
   m.def(
       "matrix_nms(Tensor masks, Tensor? meta, Tensor? labels, Tensor scores, int kernel, "
       "float sigma) -> Tensor");
+  // Floating (n, C) -> (n, n) float32, float64 for float64 features.
+  m.def("boc_affinity(Tensor features) -> Tensor");
   // The instruction set of the CPU kernels in use.
   m.def("mask_isa() -> str", [] { return std::string(unseg::mask_kernels().name); });
 }

@@ -1,9 +1,11 @@
-// The CPU kernels of the mask ops, once per instruction set, behind a table of function pointers.
+// The CPU kernels, once per instruction set, behind a table of function pointers: those of the mask
+// ops, after which the names are, and of boc_affinity.
 // Free of torch. mask_kernels() picks the best table the processor runs.
 #pragma once
 
 #include <cstdint>
 
+#include "../boc_affinity.h"
 #include "../mask_ops.h"
 
 // The SIMD kernels are GCC/Clang on x86-64; everything else runs the portable ones.
@@ -17,6 +19,9 @@ namespace unseg {
 
 // Masks are processed in blocks of 64, so that a block's candidates fit one 64-bit word.
 constexpr int64_t kBlock = 64;
+
+// Features are read in panels of rows, one cache line for each channel.
+constexpr int kPanelBytes = 64;
 
 // Element type of a dense mask.
 enum class PixelType { kByte, kFloat, kHalf, kBFloat16, kDouble };
@@ -59,6 +64,13 @@ struct MaskKernels {
   // The two passes of matrix NMS for column j; `bounds` is scratch of at least j + 64 floats.
   void (*matrix_most)(const MaskView& masks, int64_t j, float* bounds, MatrixState& state);
   void (*matrix_decay)(const MaskView& masks, int64_t j, MatrixState& state);
+  // BoC of rows [i0, i0 + 64) with rows [j0, j0 + 64) of `count` rows of features, written to
+  // out[i * count + j] and out[j * count + i]; 1 on the diagonal. `panels` (see kPanelBytes) hold a
+  // multiple of kBlock rows, those past the end zero.
+  void (*boc_tile_float)(const float* panels, int64_t count, int64_t channels, int64_t i0,
+                         int64_t j0, float* out);
+  void (*boc_tile_double)(const double* panels, int64_t count, int64_t channels, int64_t i0,
+                          int64_t j0, double* out);
 };
 
 const MaskKernels* mask_kernels_portable();

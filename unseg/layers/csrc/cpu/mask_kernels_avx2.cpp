@@ -21,13 +21,15 @@ namespace avx2 {
 #include "pack_impl.h"
 #include "pairs_impl.h"
 #include "tile_impl.h"
+#include "affinity_impl.h"
 
 }  // namespace avx2
 
 const MaskKernels* mask_kernels_avx2() {
   using namespace avx2;
   static const MaskKernels table = {"avx2", pack,        describe,    overlap_tile,
-                                    suppressed, matrix_most, matrix_decay};
+                                    suppressed, matrix_most, matrix_decay,
+                                    boc_tile_float, boc_tile_double};
   return &table;
 }
 

@@ -22,13 +22,15 @@ namespace avx512 {
 #include "pack_impl.h"
 #include "pairs_impl.h"
 #include "tile_impl.h"
+#include "affinity_impl.h"
 
 }  // namespace avx512
 
 const MaskKernels* mask_kernels_avx512() {
   using namespace avx512;
   static const MaskKernels table = {"avx512", pack,        describe,    overlap_tile,
-                                    suppressed, matrix_most, matrix_decay};
+                                    suppressed, matrix_most, matrix_decay,
+                                    boc_tile_float, boc_tile_double};
   return &table;
 }
 

@@ -20,13 +20,15 @@ static inline int64_t popcount64(uint64_t v) { return __builtin_popcountll(v); }
 #include "pack_impl.h"
 #include "pairs_impl.h"
 #include "tile_impl.h"
+#include "affinity_impl.h"
 
 }  // namespace popcnt
 
 const MaskKernels* mask_kernels_popcnt() {
   using namespace popcnt;
   static const MaskKernels table = {"popcnt", pack,        describe,    overlap_tile,
-                                    suppressed, matrix_most, matrix_decay};
+                                    suppressed, matrix_most, matrix_decay,
+                                    boc_tile_float, boc_tile_double};
   return &table;
 }
 

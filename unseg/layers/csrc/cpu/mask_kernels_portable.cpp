@@ -16,13 +16,15 @@ static inline int64_t popcount64(uint64_t v) {
 #include "pack_impl.h"
 #include "pairs_impl.h"
 #include "tile_impl.h"
+#include "affinity_impl.h"
 
 }  // namespace portable
 
 const MaskKernels* mask_kernels_portable() {
   using namespace portable;
   static const MaskKernels table = {"portable", pack,        describe,    overlap_tile,
-                                    suppressed, matrix_most, matrix_decay};
+                                    suppressed, matrix_most, matrix_decay,
+                                    boc_tile_float, boc_tile_double};
   return &table;
 }
 

@@ -1,6 +1,8 @@
 // Bit primitives for AVX2 (with F16C and POPCNT): included inside a namespace under that target.
 // The same functions as in primitives_scalar.h.
 
+constexpr int kVectorBytes = 32;
+
 static inline __m256i load_256(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }

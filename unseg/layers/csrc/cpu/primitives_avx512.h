@@ -1,6 +1,8 @@
 // Bit primitives for AVX-512 with VPOPCNTDQ: included inside a namespace under that target. The
 // same functions as in primitives_scalar.h, plus those for many pairs at once.
 
+constexpr int kVectorBytes = 64;
+
 // Rows are whole groups and a row's words outside its window are zero, so a window may be widened
 // to whole groups: no masks, aligned loads.
 static inline int64_t count_bits(const uint64_t* a, int64_t begin, int64_t end) {

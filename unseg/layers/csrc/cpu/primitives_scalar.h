@@ -1,6 +1,8 @@
 // Bit primitives in plain C++: included inside a namespace by the portable and popcnt kernels.
 // They need `popcount64` to be defined before.
 
+constexpr int kVectorBytes = 16;  // SSE2, NEON
+
 // Sums over the words [begin, end), which need not be a multiple of a group.
 static inline int64_t count_bits(const uint64_t* a, int64_t begin, int64_t end) {
   int64_t sum = 0;
