@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("quick_datasets")
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 18
-    assert len(BASES) >= 3
+    assert len(CONFIGS) >= 36
+    assert len(BASES) >= 4
     assert {path.name for path in CONFIGS} > EVALUATION_TASKS.keys()
 
 
@@ -37,7 +37,7 @@ def test_there_are_configs():
 def test_config_runs(path, tmp_path):
     cfg = quick_config(path, tmp_path)
     register_datasets_in_config(cfg)
-    if cfg.MODEL.META_ARCHITECTURE == "MaskDiscovery":
+    if cfg.MODEL.META_ARCHITECTURE in ("MaskDiscovery", "DeepSpectral"):
         run_discovery(cfg, tmp_path)
     elif path.name in EVALUATION_TASKS:
         run_evaluation(path, tmp_path, EVALUATION_TASKS[path.name])  # without a pool
@@ -61,11 +61,20 @@ def run_training(cfg, folder):
 def run_discovery(cfg, folder):
     model = build_model(cfg)
     assert isinstance(model, MaskDiscovery)
+    if cfg.INPUT.MAPPER == "OracleMapper":  # for evaluation: it looks at the ground truth
+        results = Trainer.test(cfg, model.eval())["video_miou"]
+        assert results["oracle-K"] == 1
+        assert 0 <= results["mIoU-patch-corner"] <= 100
+        return
     job = PseudoMaskJob(cfg, images_of_dataset("quick_val"), folder / "x.json")
     job.start(resume=False)
     job.run(model)
     assert job.collect_if_complete().images == 2
-    assert set(Trainer.test(cfg, model.eval())) >= {"bbox", "segm"}
+    results = Trainer.test(cfg, model.eval())
+    assert set(results) >= {"bbox", "segm"}
+    if "VideoMIoUEvaluator" in cfg.TEST.EVALUATORS:
+        assert results["video_miou"]["oracle-K"] == 0
+        assert 0 <= results["video_miou"]["mIoU-image"] <= 100
 
 
 def run_evaluation(path, folder, tasks):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unseg import layers
+from unseg.layers import boc_affinity
 
 AFFINITIES = ("boc", "boc_product", "braycurtis", "chebyshev", "cosine", "dot", "l1", "l2")
 
@@ -37,10 +37,10 @@ def affinity(features: Tensor, metric: str = "boc") -> Tensor:
     if features.dim() != 2:
         raise ValueError(f"features must have shape (n, C), got {tuple(features.shape)}")
     if metric == "boc":
-        return layers.boc_affinity(features)
+        return boc_affinity(features)
     if metric in ("boc_product", "braycurtis"):
         # BoC = (1 + CH) / (1 + BC)
-        similarity = layers.boc_affinity(features)
+        similarity = boc_affinity(features)
         chebyshev = 1 + torch.cdist(features, features, p=torch.inf)
         return similarity.div_(chebyshev if metric == "braycurtis" else chebyshev.square_())
     if metric in ("chebyshev", "l1", "l2"):
