@@ -104,7 +104,7 @@ def minority_positive(vectors: np.ndarray) -> np.ndarray:
 
 
 def foreground_vector(features: np.ndarray, channels: np.ndarray, *, exact: bool) -> np.ndarray:
-    """1.3: the Fiedler vector (n,) of the partial cosines of some channels, before its threshold."""
+    """1.3: the Fiedler vector (n,) of the partial cosines of some channels."""
     rows = normalized(features)[:, channels]
     weights = rows @ rows.T
     weights = weights * (weights > 0)
