@@ -74,6 +74,8 @@ def add_discovery_config(cfg: CfgNode) -> None:
     mask_cut.MAX_MASKS = 3
     # A foreground with more corners of the image than this is taken for the background; 4 is off.
     mask_cut.MAX_CORNERS = 2
+    # Not the paper's: whether patches found before are kept out of later foregrounds.
+    mask_cut.EXCLUDE_FOUND = False
     # Masks are dropped whose IoU with an earlier one exceeds this, ...
     mask_cut.MAX_IOU = 0.5
     # ... and whose area is not above this fraction of the image.
