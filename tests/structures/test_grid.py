@@ -90,6 +90,15 @@ def test_nearest_of_opencv_and_torch(size, grid):
     np.testing.assert_array_equal(sample_on_grid(index_map, grid), exact.numpy())
 
 
+@pytest.mark.parametrize("mode", GRID_MODES)
+def test_an_extent_that_is_not_exact(mode):
+    """126 / 138 * 138 is not 126 in floating point: patches of 14 must not lose a pixel."""
+    index_map = np.repeat(np.arange(138, dtype=np.int32)[:, None], 2, axis=1)
+    result = sample_on_grid(index_map, (9, 1), (126 / 138, 1.0), mode)[:, 0]
+    offset = 7 if mode == "center" else 0  # all counts are 1 here: the smallest label wins
+    np.testing.assert_array_equal(result, np.arange(9) * 14 + offset)
+
+
 def test_a_resized_image_has_the_grid_of_its_file():
     """The extent is in fractions: a model that sees the image at double size changes nothing."""
     index_map = random_map(2, 37, 50)
