@@ -47,7 +47,8 @@ def channel_entropy(features: Tensor, bins: int = 30) -> Tensor:
 
 
 def _entropy(counts: Tensor, total: int) -> Tensor:
-    share = counts.double() / total
+    # Sorted, so that equal counts in another order give the same bits, and ties are ties.
+    share = counts.sort(dim=1).values.double() / total
     return torch.special.entr(share).sum(dim=1) / torch.log(share.new_tensor(2.0))
 
 
