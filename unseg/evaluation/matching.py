@@ -59,6 +59,32 @@ def _ranks(labels: np.ndarray, name: str) -> tuple[np.ndarray, int]:
     return ranks[flat], len(present) + 1
 
 
+def iou_of_confusion(confusion: np.ndarray) -> np.ndarray:
+    """IoU of every predicted with every true instance, (K, M) float64.
+
+    Args:
+        confusion: (K + 1, M + 1) of :func:`confusion_of_labels`: every instance has pixels.
+    """
+    inter = confusion[1:, 1:]
+    return inter / (confusion.sum(1)[1:, None] + confusion.sum(0)[None, 1:] - inter)
+
+
+def miou_of_confusion(confusion: np.ndarray) -> float:
+    """:func:`frame_miou` from (K + 1, M + 1) counts of :func:`confusion_of_labels`."""
+    iou = iou_of_confusion(confusion)
+    if not iou.shape[1]:
+        return float("nan")
+    return float(sum(iou[pair] for pair in hungarian(iou)) / iou.shape[1])
+
+
+def f_score_of_confusion(confusion: np.ndarray) -> float:
+    """:func:`foreground_f_score` from (K + 1, M + 1) counts of :func:`confusion_of_labels`."""
+    predicted, annotated = confusion[1:].sum(), confusion[:, 1:].sum()
+    if not annotated:
+        return float("nan")
+    return float(2 * confusion[1:, 1:].sum() / (predicted + annotated))
+
+
 def pairwise_iou_of_labels(pred: np.ndarray, gt: np.ndarray) -> np.ndarray:
     """IoU of every predicted with every true instance of two label maps.
 
@@ -68,10 +94,7 @@ def pairwise_iou_of_labels(pred: np.ndarray, gt: np.ndarray) -> np.ndarray:
     Returns:
         (K, M) float64, for the labels above 0 that are in the maps, by rising number.
     """
-    confusion = confusion_of_labels(pred, gt)
-    inter = confusion[1:, 1:]
-    # Every label is there, so no union is empty.
-    return inter / (confusion.sum(1)[1:, None] + confusion.sum(0)[None, 1:] - inter)
+    return iou_of_confusion(confusion_of_labels(pred, gt))
 
 
 def frame_miou(pred: np.ndarray, gt: np.ndarray) -> float:
@@ -86,10 +109,7 @@ def frame_miou(pred: np.ndarray, gt: np.ndarray) -> float:
     Returns:
         in [0, 1]; NaN where there is no true instance.
     """
-    iou = pairwise_iou_of_labels(pred, gt)
-    if not iou.shape[1]:
-        return float("nan")
-    return float(sum(iou[pair] for pair in hungarian(iou)) / iou.shape[1])
+    return miou_of_confusion(confusion_of_labels(pred, gt))
 
 
 def foreground_f_score(pred: np.ndarray, gt: np.ndarray) -> float:
@@ -101,9 +121,4 @@ def foreground_f_score(pred: np.ndarray, gt: np.ndarray) -> float:
     Returns:
         2 TP / (2 TP + FP + FN) over pixels, in [0, 1]; NaN where there is no true instance.
     """
-    pred, gt = np.asarray(pred) > 0, np.asarray(gt) > 0
-    if pred.shape != gt.shape:
-        raise ValueError(f"pred {pred.shape} and gt {gt.shape} must have the same shape")
-    if not gt.any():
-        return float("nan")
-    return float(2 * (pred & gt).sum() / (pred.sum() + gt.sum()))
+    return f_score_of_confusion(confusion_of_labels(pred, gt))

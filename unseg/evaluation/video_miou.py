@@ -31,7 +31,7 @@ from tabulate import tabulate
 
 from unseg.data.instance_map import instance_index_map
 from unseg.evaluation.build import EVALUATORS
-from unseg.evaluation.matching import foreground_f_score, frame_miou
+from unseg.evaluation.matching import confusion_of_labels, f_score_of_confusion, miou_of_confusion
 from unseg.layers.packed_masks import PackedMasks
 from unseg.structures import GRID_MODES, GridLabels, sample_on_grid
 
@@ -59,8 +59,11 @@ class FrameScore:
 
 def score_frame(pred: np.ndarray, gt: np.ndarray) -> FrameScore:
     """Compare two label maps (h, w) of small integers, 0 the background."""
-    predicted, annotated = (np.count_nonzero(np.bincount(m.ravel())[1:]) for m in (pred, gt))
-    return FrameScore(frame_miou(pred, gt), foreground_f_score(pred, gt), predicted, annotated)
+    confusion = confusion_of_labels(pred, gt)
+    predicted, annotated = (count - 1 for count in confusion.shape)
+    return FrameScore(
+        miou_of_confusion(confusion), f_score_of_confusion(confusion), predicted, annotated
+    )
 
 
 def label_map(instances: Instances) -> np.ndarray:

@@ -123,12 +123,22 @@ def _majority(
     )
     rows, columns = rows[rows < default.shape[0]], columns[columns < default.shape[1]]
     covered_map = index_map[: len(rows), : len(columns)]
-    # Values may be large and few (the colours of a PNG): counted by their rank among those there.
-    values, ranks = np.unique(covered_map, return_inverse=True)
-    if not values.size:
+    if not covered_map.size:
         return default
+    values, ranks = _ranks(covered_map.ravel().astype(np.int64))
     cells = rows[:, None] * default.shape[1] + columns[None, :]
-    keys = cells.ravel() * len(values) + ranks.ravel()
-    counts = np.bincount(keys, minlength=default.size * len(values)).reshape(-1, len(values))
+    counts = np.bincount(
+        cells.ravel() * len(values) + ranks, minlength=default.size * len(values)
+    ).reshape(-1, len(values))
     winners = values[counts.argmax(1)].reshape(default.shape)
     return np.where(counts.any(1).reshape(default.shape), winners, default).astype(np.int32)
+
+
+def _ranks(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values of integers >= 0, rising, and each one's place among them."""
+    if flat.max() >= flat.size:  # a large and sparse range must not be counted through
+        return np.unique(flat, return_inverse=True)
+    values = np.flatnonzero(np.bincount(flat))
+    places = np.zeros(values[-1] + 1, np.int64)
+    places[values] = np.arange(len(values))
+    return values, places[flat]
