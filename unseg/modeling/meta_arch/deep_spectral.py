@@ -87,9 +87,9 @@ class DeepSpectral(MaskDiscovery):
                 INPUT.MAPPER OracleMapper): then those count that are left on the patch grid.
 
         Returns:
-            per image a dict with ``instances`` as MaskDiscovery has it and, unless the image is of
-            one colour, ``grid_labels`` (GridLabels on the patch grid). With `output_intermediates`
-            also ``segments`` (:class:`unseg.discovery.spectral.Segments`).
+            per image a dict with ``instances`` as MaskDiscovery has it and ``grid_labels``
+            (GridLabels on the patch grid). With `output_intermediates`, unless the image is of one
+            colour, also ``segments`` (:class:`unseg.discovery.spectral.Segments`).
 
         Raises:
             RuntimeError: the model is in training mode; nothing here can be trained.
@@ -101,7 +101,13 @@ class DeepSpectral(MaskDiscovery):
                 "with unseg.tools.pseudo_masks and train a model on them"
             )
         sizes = [image_size(x) for x in batched_inputs]
-        results = [{"instances": to_instances([], size).to(self.device)} for size in sizes]
+        results = [
+            {
+                "instances": to_instances([], size).to(self.device),
+                "grid_labels": self._nothing(x["image"].shape[1:]),
+            }
+            for x, size in zip(batched_inputs, sizes, strict=True)
+        ]
         for index, segments, extent in self._segments(batched_inputs):
             masks = self._masks(segments, extent, sizes[index])
             results[index]["instances"] = to_instances(masks, sizes[index]).to(self.device)
@@ -129,6 +135,12 @@ class DeepSpectral(MaskDiscovery):
                 logger.info("%s: no instances: %s", x.get("file_name", "an image"), segments.reason)
                 self.dropped[f"images: {segments.reason}"] += 1
             yield index, segments, extent
+
+    def _nothing(self, size: tuple[int, int]) -> GridLabels:
+        """Labels of an image (H, W) that did not go through the backbone."""
+        stride = self.backbone.output_shape()[self.in_feature].stride
+        grid = [max(1, side // stride) for side in size]
+        return GridLabels(torch.zeros(grid, dtype=torch.int64, device=self.device), (1.0, 1.0))
 
     def _oracle(
         self, x: dict[str, Any], grid: tuple[int, int], extent: tuple[float, float]
