@@ -58,7 +58,7 @@ class Segments:
     channels: Tensor | None = None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def segment(
     features: Tensor, settings: SpectralSettings, num_instances: int | None = None
 ) -> Segments:

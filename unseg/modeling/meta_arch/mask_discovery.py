@@ -133,7 +133,9 @@ class MaskDiscovery(nn.Module):
         for indices in by_size.values():
             batch = torch.stack([batched_inputs[i]["image"] for i in indices])
             batch = self._limited(batch.to(self.device, dtype=torch.float32))
-            features = self.backbone((batch - self.pixel_mean) / self.pixel_std)[self.in_feature]
+            with torch.inference_mode():
+                batch = (batch - self.pixel_mean) / self.pixel_std
+                features = self.backbone(batch)[self.in_feature]
             extent = self._extent(features.shape[-2:], batch.shape[-2:])
             yield from ((index, f, extent) for index, f in zip(indices, features, strict=True))
 
