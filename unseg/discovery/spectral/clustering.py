@@ -4,15 +4,25 @@ Legend: f points, d dimensions, K clusters.
 """
 
 import warnings
+from functools import cache
 
 import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
-from threadpoolctl import threadpool_limits
+from sklearn.utils import check_random_state
+from threadpoolctl import ThreadpoolController
 
-# The mean silhouette is taken over a sample of so many points: it needs all distances.
+# The mean silhouette is taken over a sample of so many points: it needs all distances. Clusters of
+# which the sample would hold fewer points than this must not fall out of it: then all are taken.
 _SILHOUETTE_POINTS = 1000
+_SILHOUETTE_MEMBERS = 10
+
+
+@cache
+def _threads() -> ThreadpoolController:
+    """Made once, since the search for the libraries takes as long as k-means."""
+    return ThreadpoolController()
 
 
 def kmeans(points: np.ndarray, count: int, *, seed: int = 0, num_init: int = 10) -> np.ndarray:
@@ -34,7 +44,7 @@ def kmeans(points: np.ndarray, count: int, *, seed: int = 0, num_init: int = 10)
         return np.zeros(len(points), dtype=np.int64)
     model = KMeans(count, n_init=num_init, random_state=seed)
     # Threads cost far more than they save on a few thousand points.
-    with threadpool_limits(1), warnings.catch_warnings():
+    with _threads().limit(limits=1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters
         labels = model.fit_predict(points)
     _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
@@ -49,27 +59,26 @@ def cluster_by_silhouette(
     Returns:
         (f,) int64 from 0; one cluster where no silhouette reaches `min_silhouette`.
     """
-    best, labels = min_silhouette, np.zeros(len(points), dtype=np.int64)
+    best, labels = -np.inf, np.zeros(len(points), dtype=np.int64)
     for count in range(2, min(max_count, len(points) - 1) + 1):
         candidate = kmeans(points, count, seed=seed, num_init=num_init)
-        found = candidate.max() + 1
-        if found < count:  # there are no more distinct points
+        if candidate.max() + 1 < count:  # there are no more distinct points
             break
-        with threadpool_limits(1):
-            quality = silhouette_score(
-                points, candidate, sample_size=_sample(points, candidate), random_state=seed
-            )
-        if quality > best or (count == 2 and quality == best):
+        quality = _silhouette(points, candidate, seed)
+        if quality >= min_silhouette and quality > best:
             best, labels = quality, candidate
     return labels
 
 
-def _sample(points: np.ndarray, labels: np.ndarray) -> int | None:
-    """Size of a sample for silhouettes, None for all: rare clusters must not fall out of it."""
-    if len(points) <= _SILHOUETTE_POINTS:
-        return None
-    rarest = np.bincount(labels).min()
-    return None if rarest * _SILHOUETTE_POINTS < 10 * len(points) else _SILHOUETTE_POINTS
+def _silhouette(points: np.ndarray, labels: np.ndarray, seed: int) -> float:
+    """Mean silhouette, of a sample where there are many points."""
+    if len(points) > _SILHOUETTE_POINTS:
+        sample = check_random_state(seed).permutation(len(points))[:_SILHOUETTE_POINTS]
+        members = np.bincount(labels[sample], minlength=labels.max() + 1)
+        if members.min() >= _SILHOUETTE_MEMBERS:
+            points, labels = points[sample], labels[sample]
+    with _threads().limit(limits=1):
+        return silhouette_score(points, labels)
 
 
 def count_by_eigengap(eigenvalues: np.ndarray, max_count: int, *, background: bool) -> int:
