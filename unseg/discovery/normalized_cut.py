@@ -28,6 +28,8 @@ from unseg.structures import PseudoMask, make_pseudo_masks
 UPSAMPLE_MODES = ("nearest", "bilinear")
 # Scores are above 0, also where rounding says otherwise.
 _MIN_SCORE = 1e-6
+# Patches with the same neighbours have the same value, but for the rounding of the eigensolver.
+_TIE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def choose_side(
     The side of the patch of the largest absolute value, unless that side has more than
     `max_corners` corners of the grid: then the other one. [ours] The two rules are applied one
     after the other, so that the eigenvector's sign, which is arbitrary, does not matter; the seed
-    of a side that was changed is its patch farthest from the mean.
+    of a side that was changed is its patch farthest from the mean; of patches with (almost) the
+    same value the first by rows is the seed, as otherwise rounding would choose.
 
     Args:
         values: (h, w) float, an eigenvector.
@@ -112,14 +115,20 @@ def choose_side(
         foreground (h, w) bool, and the seed's index into the flattened grid. The foreground is
         empty if the candidates have one value.
     """
-    inside = values[candidates]
-    mean = inside.mean()
-    sign = -1.0 if abs(inside.min()) > abs(inside.max()) else 1.0
+    mean = values[candidates].mean()
+    seed = _first_of_largest(np.abs(values), candidates)
+    sign = 1.0 if values.flat[seed] > mean else -1.0
     foreground = candidates & (sign * values > sign * mean)
     if foreground[[0, 0, -1, -1], [0, -1, 0, -1]].sum() > max_corners:
-        sign = -sign
-        foreground = candidates & (sign * values > sign * mean)
-    return foreground, int(np.where(foreground, sign * values, -np.inf).argmax())
+        foreground = candidates & (-sign * values > -sign * mean)
+        seed = _first_of_largest(-sign * (values - mean), foreground)
+    return foreground, seed
+
+
+def _first_of_largest(values: np.ndarray, among: np.ndarray) -> int:
+    """Flat index of the first of the largest values, which are positive; 0 if there are none."""
+    values = np.where(among, values, 0.0)
+    return int((values >= (1 - _TIE) * values.max()).argmax())
 
 
 def _cut(
@@ -157,6 +166,8 @@ def _contrast(weights: Tensor, inside: Tensor) -> float:
     """
     reach = weights @ inside
     volume = float(reach.sum(dtype=torch.float64))  # the weights are symmetric
+    if volume == 0:  # a patch without features and a floor of 0
+        return _MIN_SCORE
     total = float(weights.sum(dtype=torch.float64))
     return max(float(reach @ inside) / volume * (1 - volume / total), _MIN_SCORE)
 
