@@ -50,7 +50,7 @@ def environment() -> Iterator[tuple[str, str]]:
     if not torch.cuda.is_available():
         yield "GPU", "none"
     yield "Detectron2", compat.describe_detectron2()
-    yield "mask ops", backend() if has_native() else f"{backend()} (extension not built)"
+    yield "compiled ops", backend() if has_native() else f"{backend()} (extension not built)"
     for package in _PACKAGES:
         yield package, _version(package)
 
