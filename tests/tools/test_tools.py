@@ -50,7 +50,7 @@ def ground_truth_records(scenes, rename=lambda name: name):
 
 def test_collect_env():
     out = run("unseg.tools.collect_env")
-    for word in ("unseg", "torch", "Detectron2", "mask ops", "pycocotools"):
+    for word in ("unseg", "torch", "Detectron2", "compiled ops", "pycocotools"):
         assert word in out
     assert torch.__version__ in out
 
