@@ -79,13 +79,13 @@ def full_histogram_channels(features: np.ndarray, keep: int) -> np.ndarray:
 def eigenpairs(
     weights: np.ndarray, count: int, *, exact: bool, shift_invert: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest of (D - W) v = lambda D v; with `exact`, all of them."""
+    """The smallest of (D - W) v = lambda D v; with `exact`, by LAPACK."""
     degree = weights.sum(axis=1)
     degree[degree < 1e-12] = 1.0
     matrix = np.diag(degree)
     laplacian = matrix - weights
     if exact:
-        return eigh(laplacian, matrix)
+        return eigh(laplacian, matrix, subset_by_index=(0, min(count, len(weights)) - 1))
     if shift_invert:
         try:
             return eigsh(laplacian, k=count, sigma=0, which="LM", M=matrix)
@@ -110,7 +110,7 @@ def foreground_vector(features: np.ndarray, channels: np.ndarray, *, exact: bool
     weights = weights * (weights > 0)
     weights = weights / weights.max()
     _, vectors = eigenpairs(weights, EIGENPAIRS, exact=exact, shift_invert=True)
-    return minority_positive(vectors[:, :EIGENPAIRS])[:, 1]
+    return minority_positive(vectors)[:, 1]
 
 
 def cleaned(mask: np.ndarray) -> np.ndarray:
@@ -164,7 +164,8 @@ def instance_vectors(
     """
     weights = similarity(rows * foreground[:, None], metric)
     weights = weights / weights.max()
-    values, vectors = eigenpairs(weights, EIGENPAIRS, exact=exact, shift_invert=False)
+    count = len(weights) if null_space == "left out" else EIGENPAIRS
+    values, vectors = eigenpairs(weights, count, exact=exact, shift_invert=False)
     values, vectors = values[1:], minority_positive(vectors[:, 1:])
     if null_space != "kept":
         lost = np.abs(vectors[foreground]).max(axis=0) < 1e-6 * np.abs(vectors).max(axis=0)

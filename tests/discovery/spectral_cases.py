@@ -1,11 +1,14 @@
 """What the tests of unseg.discovery.spectral share."""
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
 
+from unseg.discovery.spectral import Segments
 from unseg.discovery.spectral.settings import (
     ClusterSettings,
     ForegroundSettings,
@@ -20,7 +23,18 @@ try:
 finally:
     sys.path.remove(_FOLDER)
 
-__all__ = ["mean_iou", "published", "reference_settings", "same_partition", "with_features"]
+__all__ = [
+    "ORACLE",
+    "check",
+    "mean_iou",
+    "published",
+    "reference_settings",
+    "same_partition",
+    "structured",
+    "with_features",
+]
+
+ORACLE = ClusterSettings(mode="oracle")
 
 
 def reference_settings(background: str = "reference", **others) -> SpectralSettings:
@@ -28,7 +42,7 @@ def reference_settings(background: str = "reference", **others) -> SpectralSetti
     settings = {
         "ncr": NCRSettings(mode_foreground="reference_fg"),
         "foreground": ForegroundSettings(area="polygon"),
-        "clusters": ClusterSettings(mode="oracle"),
+        "clusters": ORACLE,
         "background": background,
         "solver": "dense",
         "split_components": False,
@@ -68,3 +82,25 @@ def with_features(instances: np.ndarray, channels: int = 24, seed: int = 0) -> n
     levels += rng.normal(size=(channels, 1))
     noise = 0.1 * rng.normal(size=(channels, *instances.shape))
     return (levels[:, instances] + noise).astype(np.float32)
+
+
+@cache
+def structured(
+    height: int, width: int, objects: int, seed: int, channels: int = 384
+) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+    """A structured map, as an array and as a tensor, and its instances."""
+    features, instances = published.structured_map(height, width, objects, channels, seed)
+    return features, torch.from_numpy(features), instances
+
+
+def check(segments: Segments, grid: tuple[int, int]) -> Segments:
+    """What holds for all results."""
+    labels, scores = segments.labels, segments.scores
+    assert labels.shape == grid
+    assert labels.dtype == torch.int64
+    assert sorted(set(labels.unique().tolist()) - {0}) == list(range(1, len(scores) + 1))
+    assert torch.equal(scores, scores.sort(descending=True).values)
+    assert bool(((scores > 0) & (scores <= 1)).all())
+    assert len(segments.embeddings) == len(scores)
+    assert bool(segments.reason) == (len(scores) == 0)
+    return segments

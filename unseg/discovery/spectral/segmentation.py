@@ -7,6 +7,7 @@ other, of the foreground patches, embed them for k-means.
 Legend: h w patches, n = h * w, f of them foreground, C channels, k eigenvectors, K instances.
 """
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -25,6 +26,8 @@ from unseg.discovery.spectral.eigen import laplacian_eigenpairs, orient
 from unseg.discovery.spectral.foreground import clean_mask, fiedler_vector
 from unseg.discovery.spectral.graphs import ForegroundGraph, foreground_graph
 from unseg.discovery.spectral.settings import SpectralSettings
+
+_MAX_EXPONENT = 120  # powers of two up to this, and their inverses, are exact in single precision
 
 
 class NothingFoundError(Exception):
@@ -79,9 +82,7 @@ def segment(
         raise ValueError(f"features must have shape (C, h, w), got {tuple(features.shape)}")
     if settings.clusters.mode == "oracle" and num_instances is None:
         raise ValueError("CLUSTERS.MODE oracle needs the number of instances of the image")
-    x = features.float().flatten(1).t().contiguous()  # (n, C)
-    if not bool(x.isfinite().all()):
-        raise ValueError("features hold NaN or infinite values")
+    x = _scaled(features.float().flatten(1).t().contiguous())  # (n, C)
     grid = tuple(features.shape[1:])
     found: dict[str, Tensor] = {}
     try:
@@ -91,6 +92,17 @@ def segment(
         labels, scores, reason = x.new_zeros(grid), x.new_zeros(0), str(nothing)
     labels = labels.long()
     return Segments(labels, scores, _mean_features(x, labels, len(scores)), reason, **found)
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """`x` times a power of two, with which its squares neither overflow nor vanish."""
+    if not x.numel():
+        return x
+    peak = float(torch.stack(x.aminmax()).abs().max())  # NaN if there is any
+    if not math.isfinite(peak):
+        raise ValueError("features hold NaN or infinite values")
+    exponent = math.frexp(peak)[1]
+    return x * 2.0 ** max(-_MAX_EXPONENT, min(-exponent, _MAX_EXPONENT))
 
 
 def _segment(
@@ -185,7 +197,7 @@ def _embed(
     if settings.background == "reference":
         full = _with_degenerate(full, values[1:], graph)
     maps = full[:, :wanted].t().reshape(-1, *foreground.shape)
-    if settings.embedding_median > 1:
+    if settings.embedding_median > 1 and len(maps):  # a single patch has no eigenvector
         maps = torch.stack([_median(m, settings.embedding_median) for m in maps])
     return values, maps * foreground
 

@@ -100,6 +100,16 @@ class SpectralSettings:
             raise ValueError(
                 f"DEEP_SPECTRAL.DCR.KEEP_RATIO must be in (0, 1], got {self.dcr.keep_ratio}"
             )
+        ranges = {
+            "FOREGROUND.BORDER_RATIO": (self.foreground.border_ratio, 0, 1),
+            "FOREGROUND.MIN_AREA_RATIO": (self.foreground.min_area_ratio, 0, 1),
+            "CLUSTERS.MIN_SILHOUETTE": (self.clusters.min_silhouette, -1, 1),
+            "CLUSTERS.SEED": (self.clusters.seed, 0, 2**32 - 1),
+            "MIN_AREA": (self.min_area, 0, 1),
+        }
+        for key, (value, low, high) in ranges.items():
+            if not low <= value <= high:
+                raise ValueError(f"DEEP_SPECTRAL.{key} must be from {low} to {high}, got {value}")
 
     @classmethod
     def from_node(cls, node: dict[str, Any]) -> "SpectralSettings":
