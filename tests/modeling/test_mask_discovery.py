@@ -105,3 +105,105 @@ def test_constant_image_has_no_masks():
     model = build_model(load_config(CONFIG, ["MODEL.FILTER_BANK.POSITION_WEIGHT", 0.0])).eval()
     (output,) = model([{"image": torch.full((3, 64, 64), 120, dtype=torch.uint8)}])
     assert len(output["instances"]) == 0
+
+
+# --- patches: what the backbone leaves out, and how many there may be
+
+
+class Patches(Identity):
+    """Means of whole patches of 4 pixels; what is left over is cropped, as a ViT does."""
+
+    patch_size = 4
+
+    def output_shape(self):
+        return {"same": ShapeSpec(channels=3, stride=4)}
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape))
+        return {"same": nn.functional.avg_pool2d(x, 4)}
+
+
+def with_patches(max_patches=0):
+    return MaskDiscovery(
+        backbone=Patches(),
+        discoverer=bright,
+        in_feature="same",
+        pixel_mean=[50.0] * 3,
+        pixel_std=[1.0] * 3,
+        max_patches=max_patches,
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("size", "file", "covered"),
+    [
+        ((8, 12), (8, 12), (8, 12)),
+        ((11, 13), (11, 13), (8, 12)),
+        ((11, 13), (22, 39), (16, 36)),
+        ((10, 10), (5, 7), (4, 6)),  # 0.8 of 5 and of 7, which is 5.6
+    ],
+)
+def test_masks_end_where_the_patches_end(size, file, covered):
+    image = torch.full((3, *size), 100.0)
+    image[:, 0, 0] = 90  # not of one colour
+    (output,) = with_patches()([{"image": image, "height": file[0], "width": file[1]}])
+    (mask,) = output["instances"].pred_masks
+    assert mask.shape == file
+    expected = torch.zeros(file, dtype=torch.bool)
+    expected[: covered[0], : covered[1]] = True
+    assert torch.equal(mask, expected)
+    assert output["instances"].pred_boxes.tensor.tolist() == [[0, 0, covered[1], covered[0]]]
+
+
+def test_backbones_without_patches_cover_all_of_the_image():
+    # A convolution's output of 3 x 4 cells is taken to cover 11 x 13 pixels.
+    model = with_patches()
+    model.backbone.patch_size = None
+    image = torch.full((3, 11, 13), 100.0)
+    image[:, 0, 0] = 90
+    (output,) = model([{"image": image}])
+    assert output["instances"].pred_masks.all()
+
+
+@pytest.mark.parametrize("size", [(40, 60), (4, 400), (60, 44), (17, 39)])
+@pytest.mark.parametrize("limit", [1, 7, 20, 150, 0])
+def test_more_patches_than_allowed(size, limit):
+    image = torch.full((3, *size), 100.0)
+    image[:, : size[0] // 2] = 0
+    model = with_patches(limit)
+    (output,) = model([{"image": image}])
+    (_, _, height, width) = model.backbone.shapes[0]
+    patches = (size[0] // 4) * (size[1] // 4)
+    if limit == 0 or patches <= limit:
+        assert (height, width) == size
+    else:
+        assert (height // 4) * (width // 4) <= limit
+        assert min(height, width) >= 4
+    assert output["instances"].pred_masks.shape == (1, *size)
+    mask = output["instances"].pred_masks[0]
+    if limit in (0, 150) and size == (40, 60):
+        assert mask[24:36, :52].all()
+        assert not mask[:16].any()
+
+
+def test_one_warning_for_all_large_images(caplog):
+    model = with_patches(20)
+    image = torch.rand(3, 40, 62) * 255
+    model([{"image": image}])
+    model([{"image": image}, {"image": image}])
+    warnings = [r for r in caplog.records if "MAX_PATCHES" in r.getMessage()]
+    assert len(warnings) <= 1  # once in a process: another test may have had it
+    if warnings:
+        assert "MAX_PATCHES 20" in warnings[0].getMessage()
+
+
+def test_images_of_one_colour(caplog):
+    model = make()
+    image = torch.tensor([30.0, 60, 90]).view(3, 1, 1).expand(3, 5, 7)
+    almost = image.clone()
+    almost[2, 4, 6] += 1
+    outputs = model([{"image": image, "file_name": "plain.jpg"}, {"image": almost}])
+    assert [len(x["instances"]) for x in outputs] == [0, 1]
+    assert outputs[0]["instances"].pred_masks.shape == (0, 5, 7)
+    assert model.dropped == Counter({"images: one colour": 1, "dim": 1})
+    assert model.backbone.shapes == [(1, 3, 5, 7)]

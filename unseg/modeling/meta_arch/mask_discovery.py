@@ -146,8 +146,12 @@ class MaskDiscovery(nn.Module):
         patches = (height // stride) * (width // stride)
         if not 0 < self.max_patches < patches:
             return images
-        factor = math.sqrt(self.max_patches / patches)
-        size = tuple(max(stride, math.floor(side * factor)) for side in (height, width))
+        # By area, incomplete patches counted as well. Only a strip of one patch loses its aspect.
+        factor = stride * math.sqrt(self.max_patches / (height * width))
+        size = tuple(
+            min(max(stride, math.floor(side * factor)), stride * self.max_patches)
+            for side in (height, width)
+        )
         log_first_n(
             logging.WARNING,
             f"An image of {height} x {width} has {patches} patches, more than "
