@@ -41,7 +41,7 @@ from unseg.discovery.spectral.graphs import AFFINITIES
 from unseg.discovery.spectral.settings import ClusterSettings, DCRSettings, NCRSettings
 from unseg.evaluation.matching import foreground_f_score, frame_miou
 
-SCENES = {"30x30": 30, "30x53": 20, "45x80": 8}  # by grid, per seed
+SCENES = {"30x30": 80, "30x53": 50, "45x80": 16}  # by grid, per seed
 ARMS = {  # NCR, DCR, affinity, background
     "baseline": (False, False, "dot", "quotient"),
     "ncr": (True, False, "dot", "quotient"),
