@@ -70,3 +70,29 @@ def test_freesolo_step(monkeypatch, capsys):
     shares = [float(line.split()[-1].removesuffix("%")) for line in lines[2:-1]]
     assert len(shares) == 10
     assert sum(shares) == pytest.approx(100, abs=1)
+
+
+def spectral(monkeypatch, *arguments):
+    monkeypatch.syspath_prepend(str(ROOT / "dev/benchmarks"))
+    return run(monkeypatch, "spectral.py", *arguments)
+
+
+def test_spectral(monkeypatch, capsys):
+    assert spectral(monkeypatch, "--quick") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "0 goals missed"
+    start = lines.index("400 patches (20 x 20), 384 channels")
+    rows = {line.split()[0]: line.split() for line in lines[start + 1 : start + 5]}
+    assert list(rows) == ["published", "quotient", "reference", "auto-K"]
+    for words in rows.values():
+        assert words[2] == "ms"
+        assert float(words[1]) > 0
+        assert 0 < float(words[5]) <= 1
+    assert rows["published"][3] == "1.0x"
+    (stages,) = (line for line in lines if line.startswith("  quotient by stages"))
+    parts = [float(part.split()[-1]) for part in stages.split(":")[1].split(",")]
+    assert len(parts) == 10
+    assert all(part > 0 for part in parts)
+    assert sum(line.startswith("  scipy pdist") for line in lines) == 1
+    extra = lines[lines.index("extra memory at 400 patches, in float32 matrices of all pairs") + 1]
+    assert float(extra.split()[1]) >= 0

@@ -117,7 +117,7 @@ def _segment(
     if len(x) < 2 or bool((x == x[:1]).all()):
         raise NothingFoundError("all patches look alike")
     kept = _ncr_channels(x, settings)
-    fiedler = fiedler_vector(F.normalize(x, dim=1)[:, kept[0]], solver=settings.solver)
+    fiedler = fiedler_vector(F.normalize(x, dim=1).index_select(1, kept[0]), solver=settings.solver)
     found["fiedler"] = fiedler.view(grid)
     mask = (fiedler > 0).view(grid).cpu().numpy()
     mask = clean_mask(mask, **vars(settings.foreground))
@@ -166,7 +166,7 @@ def _instance_features(
     x: Tensor, kept: Tensor, settings: SpectralSettings
 ) -> tuple[Tensor, Tensor]:
     """L2-normalised rows over the channels that NCR kept, then those that DCR keeps."""
-    rows = F.normalize(x[:, kept], dim=1)
+    rows = F.normalize(x.index_select(1, kept), dim=1)
     if not settings.dcr.enabled:
         return rows, kept
     keep = max(1, round(settings.dcr.keep_ratio * len(kept)))
