@@ -81,7 +81,7 @@ def test_spectral(monkeypatch, capsys):
     assert spectral(monkeypatch, "--quick") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "0 goals missed"
-    start = lines.index("400 patches (20 x 20), 384 channels")
+    start = lines.index("400 patches (20 x 20), 384 channels, k-means with 10 starts")
     rows = {line.split()[0]: line.split() for line in lines[start + 1 : start + 5]}
     assert list(rows) == ["published", "quotient", "reference", "auto-K"]
     for words in rows.values():
