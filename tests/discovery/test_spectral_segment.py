@@ -18,6 +18,7 @@ from spectral_cases import (
 )
 
 from unseg.discovery.spectral import SpectralSettings, segment
+from unseg.discovery.spectral.segmentation import _by_score
 from unseg.discovery.spectral.settings import ClusterSettings
 
 # Height, width, objects and seed of structured maps. In the reference configuration all of their
@@ -213,3 +214,14 @@ def test_scale_does_not_matter(exponent):
     expected = segment(tensor, SpectralSettings())
     found = segment(tensor * 2.0**exponent, SpectralSettings())
     assert torch.equal(found.labels, expected.labels)
+
+
+def test_scores_where_the_border_inverts_the_mask():
+    """Then the foreground is the vector's negative side."""
+    labels = np.zeros((12, 12), dtype=np.int64)
+    labels[4:8, 4:8] = 1
+    fiedler = torch.where(torch.from_numpy(labels) > 0, -2.0, 1.0)
+    fiedler[5, 5] = -4.0
+    rank, scores = _by_score(labels, torch.from_numpy(labels > 0), fiedler)
+    assert scores.tolist() == pytest.approx([(15 * 2 + 4) / 16 / 4])
+    assert torch.equal(rank, torch.from_numpy(labels))

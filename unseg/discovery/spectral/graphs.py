@@ -29,7 +29,7 @@ def affinity(features: Tensor, metric: str = "boc") -> Tensor:
         metric: one of the above.
 
     Returns:
-        (n, n) float, symmetric, not negative.
+        (n, n) float, symmetric (cosine and dot: to rounding), not negative.
 
     Raises:
         ValueError: an unknown metric, or another shape.

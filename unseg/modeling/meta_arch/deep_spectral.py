@@ -140,7 +140,8 @@ class DeepSpectral(MaskDiscovery):
         """Labels of an image (H, W) that did not go through the backbone."""
         stride = self.backbone.output_shape()[self.in_feature].stride
         grid = [max(1, side // stride) for side in size]
-        return GridLabels(torch.zeros(grid, dtype=torch.int64, device=self.device), (1.0, 1.0))
+        labels = torch.zeros(grid, dtype=torch.int64, device=self.device)
+        return GridLabels(labels, tuple(min(part, 1.0) for part in self._extent(grid, size)))
 
     def _oracle(
         self, x: dict[str, Any], grid: tuple[int, int], extent: tuple[float, float]
