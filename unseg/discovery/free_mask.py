@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from unseg.discovery.registry import DISCOVERERS
+from unseg.discovery.registry import DISCOVERERS, FunctionDiscoverer
 from unseg.layers import matrix_nms
 from unseg.structures import PseudoMask, make_pseudo_masks
 
@@ -179,17 +179,8 @@ def free_masks(
 
 
 @DISCOVERERS.register()
-class FreeMask:
+class FreeMask(FunctionDiscoverer):
     """:func:`free_masks` as a discoverer, with the settings of ``cfg.DISCOVERY.FREE_MASK``."""
 
-    def __init__(self, settings: FreeMaskSettings):
-        self.settings = settings
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> "FreeMask":
-        return cls(FreeMaskSettings.from_config(cfg))
-
-    def __call__(
-        self, features: Tensor, image_size: tuple[int, int], *, dropped: Counter
-    ) -> list[PseudoMask]:
-        return free_masks(features, image_size, self.settings, dropped=dropped)
+    settings_class = FreeMaskSettings
+    find = staticmethod(free_masks)

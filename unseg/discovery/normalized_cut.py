@@ -21,7 +21,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from unseg.discovery.regions import connected_components
-from unseg.discovery.registry import DISCOVERERS
+from unseg.discovery.registry import DISCOVERERS, FunctionDiscoverer
 from unseg.discovery.spectral.eigen import SOLVERS, laplacian_eigenpairs
 from unseg.structures import PseudoMask, make_pseudo_masks
 
@@ -312,35 +312,17 @@ def mask_cut(
 
 
 @DISCOVERERS.register()
-class TokenCut:
+class TokenCut(FunctionDiscoverer):
     """:func:`token_cut` as a discoverer, with the settings of ``cfg.DISCOVERY.TOKENCUT``."""
 
-    def __init__(self, settings: TokenCutSettings):
-        self.settings = settings
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> "TokenCut":
-        return cls(TokenCutSettings.from_config(cfg))
-
-    def __call__(
-        self, features: Tensor, image_size: tuple[int, int], *, dropped: Counter
-    ) -> list[PseudoMask]:
-        return token_cut(features, image_size, self.settings, dropped=dropped)
+    settings_class = TokenCutSettings
+    find = staticmethod(token_cut)
 
 
 @DISCOVERERS.register()
-class MaskCut:
+class MaskCut(FunctionDiscoverer):
     """:func:`mask_cut` as a discoverer, with the settings of ``cfg.DISCOVERY.MASKCUT``: MaskCut
     without a CRF."""
 
-    def __init__(self, settings: MaskCutSettings):
-        self.settings = settings
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> "MaskCut":
-        return cls(MaskCutSettings.from_config(cfg))
-
-    def __call__(
-        self, features: Tensor, image_size: tuple[int, int], *, dropped: Counter
-    ) -> list[PseudoMask]:
-        return mask_cut(features, image_size, self.settings, dropped=dropped)
+    settings_class = MaskCutSettings
+    find = staticmethod(mask_cut)

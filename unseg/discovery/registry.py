@@ -1,7 +1,8 @@
 """Discoverers: functions that find masks in the dense features of one image."""
 
 from collections import Counter
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, Self
 
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
@@ -31,6 +32,30 @@ class Discoverer(Protocol):
     def __call__(
         self, features: Tensor, image_size: tuple[int, int], *, dropped: Counter
     ) -> list[PseudoMask]: ...
+
+
+class FunctionDiscoverer:
+    """A function of features, image size and settings as a discoverer; subclasses name the parts.
+
+    Attributes:
+        settings_class: has ``from_config(cfg)``.
+        find: called with features, image size, settings and ``dropped``.
+    """
+
+    settings_class: ClassVar[type]
+    find: ClassVar[Callable[..., list[PseudoMask]]]
+
+    def __init__(self, settings: Any):
+        self.settings = settings
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Self:
+        return cls(cls.settings_class.from_config(cfg))
+
+    def __call__(
+        self, features: Tensor, image_size: tuple[int, int], *, dropped: Counter
+    ) -> list[PseudoMask]:
+        return self.find(features, image_size, self.settings, dropped=dropped)
 
 
 def build_discoverer(cfg: CfgNode) -> Discoverer:

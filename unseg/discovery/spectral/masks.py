@@ -8,10 +8,9 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode
 from torch import Tensor
 
-from unseg.discovery.registry import DISCOVERERS
+from unseg.discovery.registry import DISCOVERERS, FunctionDiscoverer
 from unseg.discovery.spectral.segmentation import Segments, segment
 from unseg.discovery.spectral.settings import SpectralSettings
 from unseg.structures import PseudoMask, make_pseudo_masks
@@ -96,22 +95,8 @@ def spectral_masks(
 
 
 @DISCOVERERS.register()
-class Spectral:
+class Spectral(FunctionDiscoverer):
     """:func:`spectral_masks` as a discoverer, with the settings of ``cfg.MODEL.DEEP_SPECTRAL``."""
 
-    def __init__(self, settings: SpectralSettings):
-        self.settings = settings
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> "Spectral":
-        return cls(SpectralSettings.from_node(cfg.MODEL.DEEP_SPECTRAL))
-
-    def __call__(
-        self,
-        features: Tensor,
-        image_size: tuple[int, int],
-        *,
-        dropped: Counter,
-        num_instances: int | None = None,
-    ) -> list[PseudoMask]:
-        return spectral_masks(features, image_size, self.settings, num_instances, dropped=dropped)
+    settings_class = SpectralSettings
+    find = staticmethod(spectral_masks)

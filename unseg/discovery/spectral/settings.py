@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from detectron2.config import CfgNode
+
 from unseg.discovery.spectral.channels import NCR_MODES
 from unseg.discovery.spectral.eigen import SOLVERS
 from unseg.discovery.spectral.graphs import AFFINITIES
@@ -110,6 +112,10 @@ class SpectralSettings:
         for key, (value, low, high) in ranges.items():
             if not low <= value <= high:
                 raise ValueError(f"DEEP_SPECTRAL.{key} must be from {low} to {high}, got {value}")
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "SpectralSettings":
+        return cls.from_node(cfg.MODEL.DEEP_SPECTRAL)
 
     @classmethod
     def from_node(cls, node: dict[str, Any]) -> "SpectralSettings":

@@ -72,7 +72,7 @@ class DeepSpectral(MaskDiscovery):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_patches": cfg.DISCOVERY.MAX_PATCHES,
-            "settings": SpectralSettings.from_node(node),
+            "settings": SpectralSettings.from_config(cfg),
             "oracle_sampling": node.CLUSTERS.ORACLE_SAMPLING,
             "output_intermediates": node.OUTPUT_INTERMEDIATES,
         }
