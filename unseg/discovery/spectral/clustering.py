@@ -7,10 +7,6 @@ import warnings
 from functools import cache
 
 import numpy as np
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import silhouette_score
-from sklearn.utils import check_random_state
 from threadpoolctl import ThreadpoolController
 
 # The mean silhouette is taken over a sample of so many points: it needs all distances. Clusters of
@@ -42,6 +38,9 @@ def kmeans(points: np.ndarray, count: int, *, seed: int = 0, num_init: int = 10)
         raise ValueError(f"count must be from 1 to {len(points)} points, got {count}")
     if count == 1:
         return np.zeros(len(points), dtype=np.int64)
+    from sklearn.cluster import KMeans  # a second, which `import unseg` need not take
+    from sklearn.exceptions import ConvergenceWarning
+
     model = KMeans(count, n_init=num_init, random_state=seed)
     # Threads cost far more than they save on a few thousand points.
     with _threads().limit(limits=1), warnings.catch_warnings():
@@ -73,6 +72,9 @@ def cluster_by_silhouette(
 
 def _silhouette(points: np.ndarray, labels: np.ndarray, seed: int) -> float:
     """Mean silhouette, of a sample where there are many points."""
+    from sklearn.metrics import silhouette_score
+    from sklearn.utils import check_random_state
+
     if len(points) > _SILHOUETTE_POINTS:
         sample = check_random_state(seed).permutation(len(points))[:_SILHOUETTE_POINTS]
         members = np.bincount(labels[sample], minlength=labels.max() + 1)
