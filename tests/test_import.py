@@ -27,13 +27,19 @@ def test_import_registers_everything():
         from unseg.discovery import DISCOVERERS
         from unseg.evaluation import EVALUATORS
         assert "build_filter_bank_backbone" in BACKBONE_REGISTRY
+        assert "build_dino_vit_backbone" in BACKBONE_REGISTRY
         assert "MaskDiscovery" in META_ARCH_REGISTRY
+        assert "DeepSpectral" in META_ARCH_REGISTRY
         assert "InstanceMapper" in MAPPERS
-        assert "FreeMask" in DISCOVERERS
+        assert all(name in DISCOVERERS for name in ("FreeMask", "MaskCut", "Spectral", "TokenCut"))
         assert "ClassAgnosticCOCOEvaluator" in EVALUATORS
+        assert "VideoMIoUEvaluator" in EVALUATORS
         names = DatasetCatalog.list()
         assert "unseg_synthetic_train" in names
         assert "unseg_coco_2017_val_cls_agnostic" in names
+        import sys
+        slow = {"sklearn", "timm", "skimage"} & set(sys.modules)  # a second and more
+        assert not slow, slow
         """
     )
     assert done.returncode == 0, done.stderr
