@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from unseg.discovery.features import patch_rows
 from unseg.discovery.regions import connected_components
 from unseg.discovery.registry import DISCOVERERS, FunctionDiscoverer
 from unseg.discovery.spectral.eigen import SOLVERS, laplacian_eigenpairs
@@ -172,22 +173,6 @@ def _contrast(weights: Tensor, inside: Tensor) -> float:
     return max(float(reach @ inside) / volume * (1 - volume / total), _MIN_SCORE)
 
 
-def _descriptors(features: Tensor) -> Tensor:
-    """Features (C, h, w) as rows (n, C) of a size whose squares neither overflow nor vanish.
-
-    Raises:
-        ValueError: `features` is not (C, h, w) or not finite.
-    """
-    if features.dim() != 3:
-        raise ValueError(f"features must have shape (C, h, w), got {tuple(features.shape)}")
-    features = features.float()
-    if not bool(features.isfinite().all()):
-        raise ValueError("features hold NaN or infinite values")
-    rows = features.flatten(1).t()
-    peak = rows.abs().max() if rows.numel() else rows.new_zeros(())
-    return rows / peak if peak > 0 else rows
-
-
 def _to_image(
     masks: Sequence[np.ndarray],
     scores: Sequence[float],
@@ -236,7 +221,7 @@ def token_cut(
         ValueError: `features` is not (C, h, w) or not finite.
     """
     dropped = Counter() if dropped is None else dropped
-    descriptors = _descriptors(features)
+    descriptors = patch_rows(features)
     everywhere = np.ones(tuple(features.shape[1:]), dtype=bool)
     found = _cut(descriptors, everywhere, settings, max_corners=4)
     if found is None:
@@ -286,7 +271,7 @@ def mask_cut(
         ValueError: `features` is not (C, h, w) or not finite.
     """
     dropped = Counter() if dropped is None else dropped
-    descriptors = _descriptors(features)
+    descriptors = patch_rows(features)
     candidates = np.ones(tuple(features.shape[1:]), dtype=bool)
     found: list[np.ndarray] = []
     kept, scores = [], []

@@ -88,6 +88,9 @@ def pad_pseudo_masks(masks: list[PseudoMask], height: int, width: int) -> list[P
         rows, columns = mask.rle["size"]
         if rows > height or columns > width:
             raise ValueError(f"a mask of {rows} x {columns} does not fit into {height} x {width}")
+        if (rows, columns) == (height, width):
+            padded.append(mask)
+            continue
         large = np.pad(mask.decode(), ((0, height - rows), (0, width - columns)))
         padded.append(replace(mask, rle=encode_masks(large[None])[0]))
     return padded

@@ -7,7 +7,6 @@ other, of the foreground patches, embed them for k-means.
 Legend: h w patches, n = h * w, f of them foreground, C channels, k eigenvectors, K instances.
 """
 
-import math
 from dataclasses import dataclass
 
 import cv2
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unseg.discovery.features import patch_rows
 from unseg.discovery.regions import connected_components
 from unseg.discovery.spectral.channels import (
     deviation_channel_reduction,
@@ -26,8 +26,6 @@ from unseg.discovery.spectral.eigen import laplacian_eigenpairs, orient
 from unseg.discovery.spectral.foreground import clean_mask, fiedler_vector
 from unseg.discovery.spectral.graphs import ForegroundGraph, foreground_graph
 from unseg.discovery.spectral.settings import SpectralSettings
-
-_MAX_EXPONENT = 120  # powers of two up to this, and their inverses, are exact in single precision
 
 
 class NothingFoundError(Exception):
@@ -45,7 +43,8 @@ class Segments:
         reason: why there are no instances; empty if there are some.
         fiedler: (h, w) float, second eigenvector of the foreground graph, or None.
         foreground: (h, w) bool, after the clean-up, or None.
-        eigenvalues: (k,) float of the instance graph without the trivial one, or None.
+        eigenvalues: (k,) float of the instance graph without the trivial one, or None. With one
+            node for the background: that of the vectors that vanish on the foreground is not there.
         embedding: (k, h, w) float, its eigenvectors, after the median filter, or None.
         channels: indices of the channels that the instance graph was made of, or None.
     """
@@ -78,11 +77,9 @@ def segment(
     Raises:
         ValueError: `features` is not (C, h, w) or not finite, or the oracle's number is missing.
     """
-    if features.dim() != 3:
-        raise ValueError(f"features must have shape (C, h, w), got {tuple(features.shape)}")
     if settings.clusters.mode == "oracle" and num_instances is None:
         raise ValueError("CLUSTERS.MODE oracle needs the number of instances of the image")
-    x = _scaled(features.float().flatten(1).t().contiguous())  # (n, C)
+    x = patch_rows(features)  # (n, C)
     grid = tuple(features.shape[1:])
     found: dict[str, Tensor] = {}
     try:
@@ -92,17 +89,6 @@ def segment(
         labels, scores, reason = x.new_zeros(grid), x.new_zeros(0), str(nothing)
     labels = labels.long()
     return Segments(labels, scores, _mean_features(x, labels, len(scores)), reason, **found)
-
-
-def _scaled(x: Tensor) -> Tensor:
-    """`x` times a power of two, with which its squares neither overflow nor vanish."""
-    if not x.numel():
-        return x
-    peak = float(torch.stack(x.aminmax()).abs().max())  # NaN if there is any
-    if not math.isfinite(peak):
-        raise ValueError("features hold NaN or infinite values")
-    exponent = math.frexp(peak)[1]
-    return x * 2.0 ** max(-_MAX_EXPONENT, min(-exponent, _MAX_EXPONENT))
 
 
 def _segment(

@@ -164,4 +164,4 @@ class DeepSpectral(MaskDiscovery):
     ) -> list[PseudoMask]:
         covered = covered_size(size, extent)
         masks = segments_to_masks(segments, covered, self.settings)
-        return masks if covered == size else pad_pseudo_masks(masks, *size)
+        return pad_pseudo_masks(masks, *size)

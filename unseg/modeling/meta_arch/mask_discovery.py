@@ -111,7 +111,7 @@ class MaskDiscovery(nn.Module):
             size = image_size(batched_inputs[index])
             covered = covered_size(size, extent)
             masks = self.discoverer(features, covered, dropped=self.dropped)
-            found[index] = masks if covered == size else pad_pseudo_masks(masks, *size)
+            found[index] = pad_pseudo_masks(masks, *size)
         return found
 
     def _dense_features(
