@@ -1,5 +1,6 @@
-"""Operations on tensors: mask overlaps and suppression, affinities; compiled where possible."""
+"""Operations on tensors: mask overlaps and suppression, affinities, assembled windows."""
 
+from unseg.layers.assemble_instances import assemble_instances
 from unseg.layers.boc_affinity import boc_affinity
 from unseg.layers.mask_ops import batched_mask_nms, keep_decayed, mask_iou, mask_nms, matrix_nms
 from unseg.layers.native import backend, has_native
@@ -7,6 +8,7 @@ from unseg.layers.packed_masks import PackedMasks, pack_masks
 
 __all__ = [
     "PackedMasks",
+    "assemble_instances",
     "backend",
     "batched_mask_nms",
     "boc_affinity",
