@@ -120,3 +120,29 @@ def official(
         evaluation.accumulate()
         evaluation.summarize()
     return {k: 100 * v if v > -1 else float("nan") for k, v in zip(KEYS, evaluation.stats)}
+
+
+def official_recall(
+    coco_gt: dict[str, Any], results: list[dict[str, Any]], task: str, caps: list[int]
+) -> np.ndarray:
+    """pycocotools' recall averaged over thresholds, (4 sizes, caps) in [0, 1]; NaN where -1."""
+    if not results:  # which loadRes refuses
+        image = coco_gt["images"][0]
+        empty = encode(np.zeros((image["height"], image["width"])))
+        results = [
+            {"image_id": image["id"], "category_id": coco_gt["categories"][0]["id"], "score": 0.0}
+            | {"bbox": [0.0, 0.0, 0.0, 0.0], "segmentation": empty}
+        ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = copy.deepcopy(coco_gt)
+        coco.createIndex()
+        keep = {"bbox": "segmentation", "segm": "bbox"}[task]
+        detections = [{k: v for k, v in r.items() if k != keep} for r in copy.deepcopy(results)]
+        evaluation = COCOeval(coco, coco.loadRes(detections), task)
+        evaluation.params.useCats = 0
+        evaluation.params.maxDets = list(caps)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    recall = evaluation.eval["recall"][:, 0]
+    return np.where((recall > -1).all(0), recall.mean(0), np.nan)

@@ -10,6 +10,7 @@ from unseg.evaluation.matching import (
     hungarian,
     pairwise_iou_of_labels,
 )
+from unseg.evaluation.proposal_recall import ProposalRecallEvaluator
 from unseg.evaluation.stock import COCOEvaluator, LVISEvaluator
 from unseg.evaluation.video_miou import VideoMIoUEvaluator
 
@@ -19,6 +20,7 @@ __all__ = [
     "COCOEvaluator",
     "ClassAgnosticCOCOEvaluator",
     "LVISEvaluator",
+    "ProposalRecallEvaluator",
     "VideoMIoUEvaluator",
     "build_evaluator",
     "confusion_of_labels",
