@@ -10,6 +10,7 @@ from unseg.checkpoint.files import atomic_write
 from unseg.checkpoint.freesolo import check_freesolo
 from unseg.checkpoint.resnet import Weights, convert_resnet
 from unseg.checkpoint.safe import CheckpointError, load_weights_file
+from unseg.checkpoint.vgg import convert_vgg, is_vgg
 from unseg.checkpoint.vit import convert_vit
 
 
@@ -64,6 +65,14 @@ def _convert_dino(content: Any, path: str) -> Weights:
     return convert_resnet(_under_prefix(weights, prefixes, path), path)
 
 
+def _convert_torchvision(content: Any, path: str) -> Weights:
+    """torchvision's ResNets and plain VGGs."""
+    weights = _unwrap(content, path, ())
+    if is_vgg(weights):
+        return convert_vgg(weights, path)
+    return convert_resnet(_under_prefix(weights, ("",), path), path)
+
+
 def _convert_freesolo(content: Any, path: str) -> Weights:
     return check_freesolo(_unwrap(content, path, ("model",)), path)
 
@@ -79,7 +88,7 @@ CONVERTERS: dict[str, Callable[[Any, str], Weights]] = {
     ),
     # https://github.com/facebookresearch/dino: whole state or backbone only; timm's files of it
     "dino": _convert_dino,
-    "torchvision": _resnet_converter((), ("",)),
+    "torchvision": _convert_torchvision,
     # https://github.com/NVlabs/FreeSOLO: a whole model under our names already
     "freesolo": _convert_freesolo,
 }
@@ -95,8 +104,9 @@ def convert(kind: str, path: str | os.PathLike) -> dict[str, Any]:
     Returns:
         ``{"model": {name: tensor}, "__author__": ..., "matching_heuristics": bool}``. A backbone
         has heuristics on: Detectron2 loads it into any model with that ResNet, with or without an
-        FPN around it, or with that ViT (``build_dino_vit_backbone``). A FreeSOLO is loaded by its
-        names, without optimizer and schedule.
+        FPN around it, or with that ViT (``build_dino_vit_backbone``) or VGG
+        (``build_vgg_backbone``). A FreeSOLO is loaded by its names, without optimizer and
+        schedule.
 
     Raises:
         KeyError: the kind is unknown.

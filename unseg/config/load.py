@@ -13,6 +13,7 @@ from unseg.config.discovery import add_discovery_config
 from unseg.config.exemplar import add_exemplar_config
 from unseg.config.freesolo import add_freesolo_config
 from unseg.config.self_training import add_self_training_config
+from unseg.config.vgg import add_vgg_config
 from unseg.config.vit import add_vit_config
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def add_unseg_config(cfg: CfgNode) -> None:
     add_exemplar_config(cfg)
     add_deep_spectral_config(cfg)
     add_self_training_config(cfg)
+    add_vgg_config(cfg)
     add_vit_config(cfg)
 
 

@@ -1,11 +1,13 @@
 """Models. Importing registers backbones, heads and meta-architectures with Detectron2."""
 
 from unseg.modeling.backbone import (
+    VGG,
     DinoViT,
     FilterBank,
     FPNWithBottomUp,
     build_dino_vit_backbone,
     build_filter_bank_backbone,
+    build_vgg_backbone,
 )
 from unseg.modeling.exemplars import (
     ExemplarContrast,
@@ -18,6 +20,7 @@ from unseg.modeling.meta_arch import DeepSpectral, ExemplarFreeSOLO, FreeSOLO, M
 from unseg.modeling.roi_heads import ExemplarROIHeads
 
 __all__ = [
+    "VGG",
     "DeepSpectral",
     "DinoViT",
     "ExemplarContrast",
@@ -30,6 +33,7 @@ __all__ = [
     "MaskDiscovery",
     "build_dino_vit_backbone",
     "build_filter_bank_backbone",
+    "build_vgg_backbone",
     "encode_exemplars",
     "find_exemplar_head",
     "with_exemplars",

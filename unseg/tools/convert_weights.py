@@ -2,9 +2,9 @@
 
     python -m unseg.tools.convert_weights densecl densecl_r50.pth output.pth
 
-The result is a backbone for MODEL.WEIGHTS of any config with that ResNet or ViT (dino: whichever
-of them the file holds) or, of a FreeSOLO checkpoint, the whole model. The tool fails if a weight
-finds no place.
+The result is a backbone for MODEL.WEIGHTS of any config with that ResNet, ViT or VGG (dino,
+torchvision: whichever of them the file holds) or, of a FreeSOLO checkpoint, the whole model. The
+tool fails if a weight finds no place.
 """
 
 import argparse

@@ -7,8 +7,10 @@ from unseg.modeling.backbone.resnet_fpn import (
     build_resnet_fpn_no_top_backbone,
     build_resnet_fpn_with_bottom_up_backbone,
 )
+from unseg.modeling.backbone.vgg import VGG, build_vgg_backbone
 
 __all__ = [
+    "VGG",
     "DinoViT",
     "FPNWithBottomUp",
     "FilterBank",
@@ -16,4 +18,5 @@ __all__ = [
     "build_filter_bank_backbone",
     "build_resnet_fpn_no_top_backbone",
     "build_resnet_fpn_with_bottom_up_backbone",
+    "build_vgg_backbone",
 ]
