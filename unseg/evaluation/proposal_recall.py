@@ -84,19 +84,22 @@ class ImageMatches:
 
 @dataclass(frozen=True)
 class Proposals:
-    """Checked proposals of one image by falling score, equal ones in their order.
+    """Checked proposals of one image.
 
     Attributes:
-        boxes: float64 (N, 4) XYWH.
-        masks: N masks, or None.
+        order: int64 (N,): which are evaluated, by falling score, equal ones in their order.
+        boxes: float64 (N, 4) XYWH, in that order.
+        masks: all masks as they came, because a copy of a thousand takes longer than their overlaps
+            with the objects; or None.
     """
 
+    order: np.ndarray
     boxes: np.ndarray
     masks: PackedMasks | None
 
 
 def ranked_proposals(instances: Instances, limit: int) -> Proposals:
-    """The `limit` best proposals.
+    """The `limit` best proposals, ranked.
 
     Args:
         instances: at the original image size, with ``scores`` or ``objectness_logits`` (N,);
@@ -123,19 +126,13 @@ def ranked_proposals(instances: Instances, limit: int) -> Proposals:
     if "pred_classes" in fields:
         order = torch.argsort(fields["pred_classes"].cpu(), stable=True)
     order = order[torch.argsort(-scores[order], stable=True)][:limit]
-    packed = None
-    if masks is not None:
-        packed = _pack(masks, tuple(instances.image_size))
-        packed = packed[order.to(packed.device)]
-    if boxes is not None:
-        tensor = boxes.tensor.detach().cpu()[order]
-        if not torch.isfinite(tensor).all():
-            raise ValueError("boxes are NaN/inf")
-    else:
-        tensor = packed.box.cpu()
+    packed = None if masks is None else _pack(masks, tuple(instances.image_size))
+    tensor = (packed.box if boxes is None else boxes.tensor.detach()).cpu()[order]
+    if not torch.isfinite(tensor).all():
+        raise ValueError("boxes are NaN/inf")
     # In the boxes' own precision, as in the results files of this package and Detectron2.
     xywh = BoxMode.convert(tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
-    return Proposals(xywh.double().numpy(), packed)
+    return Proposals(order.numpy(), xywh.double().numpy(), packed)
 
 
 def _pack(masks: Any, size: tuple[int, int]) -> PackedMasks:
@@ -257,7 +254,8 @@ class ProposalRecallEvaluator(DatasetEvaluator):
                 iou = exact_box_iou(proposals.boxes, objects.boxes)
             elif has_masks:
                 _check_size(proposals.masks, objects)
-                iou = exact_mask_iou(proposals.masks, _pack_objects(objects.masks, proposals.masks))
+                objects_masks = _pack_objects(objects.masks, proposals.masks)
+                iou = exact_mask_iou(proposals.masks, objects_masks)[proposals.order]
             elif self._asked:
                 raise ValueError("the proposals have no masks")
             else:
