@@ -22,6 +22,9 @@ def add_common_config(cfg: CfgNode) -> None:
     # Caps on detections per image at which average recall is reported. AP is taken at 100.
     # TEST.DETECTIONS_PER_IMAGE and the model's own caps must not be below the largest of them.
     cfg.TEST.CLASS_AGNOSTIC.MAX_DETS = (1, 10, 100)
+    cfg.TEST.PROPOSALS = CfgNode()
+    # Caps on proposals per image at which ProposalRecallEvaluator reports average recall.
+    cfg.TEST.PROPOSALS.CAPS = (10, 100, 1000)
 
     # SGD (with SOLVER.MOMENTUM, SOLVER.NESTEROV) or ADAMW (betas 0.9, 0.999).
     cfg.SOLVER.OPTIMIZER = "SGD"

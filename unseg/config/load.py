@@ -9,9 +9,11 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 
 from unseg.config.common import add_common_config
 from unseg.config.deep_spectral import add_deep_spectral_config
+from unseg.config.deepmask import add_deepmask_config
 from unseg.config.discovery import add_discovery_config
 from unseg.config.exemplar import add_exemplar_config
 from unseg.config.freesolo import add_freesolo_config
+from unseg.config.instance_fcn import add_instance_fcn_config
 from unseg.config.self_training import add_self_training_config
 from unseg.config.vgg import add_vgg_config
 from unseg.config.vit import add_vit_config
@@ -33,6 +35,8 @@ def add_unseg_config(cfg: CfgNode) -> None:
     add_freesolo_config(cfg)
     add_exemplar_config(cfg)
     add_deep_spectral_config(cfg)
+    add_deepmask_config(cfg)
+    add_instance_fcn_config(cfg)
     add_self_training_config(cfg)
     add_vgg_config(cfg)
     add_vit_config(cfg)

@@ -1,6 +1,7 @@
 """Small containers."""
 
 from unseg.layers import PackedMasks
+from unseg.structures.canonical import CanonicalRule, canonical_places, label_windows
 from unseg.structures.exemplar_pool import Exemplar, ExemplarPool
 from unseg.structures.grid import GRID_MODES, GridLabels, sample_on_grid
 from unseg.structures.pseudo_mask import (
@@ -16,13 +17,16 @@ from unseg.structures.pseudo_mask import (
 __all__ = [
     "GRID_MODES",
     "RLE",
+    "CanonicalRule",
     "Exemplar",
     "ExemplarPool",
     "GridLabels",
     "ImageRecord",
     "PackedMasks",
     "PseudoMask",
+    "canonical_places",
     "encode_masks",
+    "label_windows",
     "make_pseudo_masks",
     "pad_pseudo_masks",
     "sample_on_grid",
