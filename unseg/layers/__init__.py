@@ -19,4 +19,6 @@ __all__ = [
     "mask_nms",
     "matrix_nms",
     "pack_masks",
+    "resize_image",
+    "scaled_size",
 ]
