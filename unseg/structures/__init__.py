@@ -13,6 +13,7 @@ from unseg.structures.pseudo_mask import (
     pad_pseudo_masks,
     stack_masks,
 )
+from unseg.structures.window_masks import WindowMasks
 
 __all__ = [
     "GRID_MODES",
@@ -24,6 +25,7 @@ __all__ = [
     "ImageRecord",
     "PackedMasks",
     "PseudoMask",
+    "WindowMasks",
     "canonical_places",
     "encode_masks",
     "label_windows",
