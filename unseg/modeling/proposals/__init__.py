@@ -1,0 +1,1 @@
+"""Mask proposals: what DeepMask, SharpMask and InstanceFCN are made of."""
