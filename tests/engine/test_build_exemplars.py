@@ -18,7 +18,7 @@ from unseg.engine import build_exemplars
 from unseg.engine.build_exemplars import _ImageEncoder, mask_warnings
 from unseg.engine.exemplar_job import ExemplarMaker, floats_from_text
 from unseg.engine.exemplar_plan import plan_folder, plan_medoids, plan_random
-from unseg.engine.pseudo_masks import ImageLoader, ImageSource
+from unseg.engine.dataset_job import ImageLoader, ImageSource
 from unseg.structures import ImageRecord
 
 BUILD = "MODEL.EXEMPLAR.BUILD."

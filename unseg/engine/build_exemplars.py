@@ -5,20 +5,16 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch import nn
 
 from unseg.checkpoint import CheckpointError, weights_hash
 from unseg.config import load_config
@@ -30,6 +26,7 @@ from unseg.discovery import (
     choose_medoids,
     load_exemplar_pool,
 )
+from unseg.engine.dataset_job import ImageLoader, ImageSource, list_hash
 from unseg.engine.exemplar_job import (
     ExemplarJob,
     ExemplarMaker,
@@ -45,8 +42,7 @@ from unseg.engine.exemplar_plan import (
     plan_medoids,
     plan_random,
 )
-from unseg.engine.find_masks import image_source, load_weights, share_of_process
-from unseg.engine.pseudo_masks import ImageLoader, ImageSource, list_hash
+from unseg.engine.find_masks import image_source, load_model, share_of_process
 from unseg.engine.sharded_map import WorkDir, sharded_map
 from unseg.structures import ExemplarPool
 
@@ -73,7 +69,7 @@ def build_exemplars(args: argparse.Namespace, log: str | None = None) -> None:
         if build.resume and build.is_written():
             logger.info("%s is complete; delete it to build it again", args.output)
             return
-        maker = ExemplarMaker(cfg, _load_model(cfg, args.random_weights))
+        maker = ExemplarMaker(cfg, load_model(cfg, args.random_weights))
         if comm.is_main_process() and not build.resume:
             build.remove_partial_results()
         comm.synchronize()
@@ -100,20 +96,6 @@ def _load_config(args: argparse.Namespace) -> CfgNode:
         return load_config(args.config_file, args.opts)
     except (AssertionError, yaml.YAMLError) as error:  # fvcore's, for wrong overrides
         raise ExemplarError(f"{args.config_file}: {error}") from error
-
-
-def _load_model(cfg: CfgNode, random_weights: bool) -> nn.Module:
-    if not random_weights:
-        path = cfg.MODEL.WEIGHTS
-        if path and "://" not in path and not os.path.isfile(path):
-            raise FileNotFoundError(f"MODEL.WEIGHTS {path} does not exist")
-        model = build_model(cfg)
-        load_weights(model, path)
-        return model
-    with torch.random.fork_rng():
-        # The same in all processes, and once resumed.
-        torch.manual_seed(0)
-        return build_model(cfg)
 
 
 class _Build:

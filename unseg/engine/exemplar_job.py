@@ -30,10 +30,10 @@ from unseg.discovery import (
     cut_out,
     save_exemplar_pool,
 )
+from unseg.engine.dataset_job import collect_if_complete, job_settings
 from unseg.engine.exemplar_plan import Candidates, ExemplarPlan
 from unseg.engine.exemplar_sheet import PICTURE_SIDE, SourceView, draw_exemplar_sheet, shrink
 from unseg.engine.exemplars import embedding_origin
-from unseg.engine.pseudo_masks import collect_if_complete, job_settings
 from unseg.engine.sharded_map import WorkDir, sharded_map
 
 # The unit is encoded by the process that has it; encode_exemplars() is for ranks that all have the

@@ -25,9 +25,9 @@ from unseg.checkpoint import atomic_write, file_hash
 from unseg.config import load_config
 from unseg.data.datasets.pseudo import split_file_name
 from unseg.discovery.io import read_header
+from unseg.engine.dataset_job import job_settings, plain
 from unseg.engine.find_masks import find_masks, find_masks_parser
 from unseg.engine.main import run
-from unseg.engine.pseudo_masks import job_settings, plain
 from unseg.engine.rounds import (
     RESULTS_FILE,
     Results,

@@ -16,14 +16,12 @@ pool.png, the contact sheet, shows every exemplar beside where it is from. A kil
 
 import re
 import sys
-from datetime import timedelta
 
-from detectron2.engine import launch
 from torch.multiprocessing import ProcessRaisedException
 
 from unseg.checkpoint import CheckpointError
 from unseg.discovery import ExemplarError
-from unseg.engine import build_exemplars, find_masks_parser
+from unseg.engine import build_exemplars, find_masks_parser, launch_job
 
 # "package.module.SomeError: " before the message, in the traceback of another process
 _CLASS = re.compile(r"(?:[\w.]+\.)?(?P<name>\w+): ")
@@ -49,14 +47,8 @@ def _is_expected(error: ProcessRaisedException) -> bool:
 def main() -> None:
     """Entry point."""
     parser = find_masks_parser(__doc__.split("\n\n")[0], output="the .npz file to write")
-    args = parser.parse_args()
-    if args.num_shards and (args.num_gpus > 1 or not 0 <= args.shard < args.num_shards):
-        parser.error("--shard must be below --num-shards, and each shard is one process")
     try:
-        # The first rank that is done waits for the last one, longer than half an hour if need be.
-        launch(
-            build_exemplars, args.num_gpus, dist_url="auto", args=(args,), timeout=timedelta(days=7)
-        )
+        launch_job(build_exemplars, parser)
     except _EXPECTED as error:
         sys.exit(f"error: {_one_line(error)}")
     except ProcessRaisedException as error:

@@ -9,21 +9,12 @@ run goes on with --resume. Independent processes, e.g. of a cluster, can share t
 them the same --num-shards and each its --shard; whoever finds everything done writes the file.
 """
 
-from datetime import timedelta
-
-from detectron2.engine import launch
-
-from unseg.engine import find_masks, find_masks_parser
+from unseg.engine import find_masks, find_masks_parser, launch_job
 
 
 def main() -> None:
     """Entry point."""
-    parser = find_masks_parser(__doc__.split("\n\n")[0])
-    args = parser.parse_args()
-    if args.num_shards and (args.num_gpus > 1 or not 0 <= args.shard < args.num_shards):
-        parser.error("--shard must be below --num-shards, and each shard is one process")
-    # The first rank that is done waits for the last one, longer than half an hour if need be.
-    launch(find_masks, args.num_gpus, dist_url="auto", args=(args,), timeout=timedelta(days=7))
+    launch_job(find_masks, find_masks_parser(__doc__.split("\n\n")[0]))
 
 
 if __name__ == "__main__":
