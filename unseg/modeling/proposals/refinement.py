@@ -1,0 +1,233 @@
+"""SharpMask's refinement: from a window's vector to a mask at full resolution, top down.
+
+Pinheiro et al., "Learning to refine object segments" (ECCV 2016), sections 2 and 3; channels and
+the horizontal path's width as released. A mask encoding M1 is doubled in size at each step, with
+what a finer map of the trunk knows about edges added.
+
+Legend: B images, N windows or patches, E size of the vectors, C channels of a trunk map, c side in
+cells of a window on the coarsest map, S steps (n = 1 ... S), f = 2^(n-1), q = c f side of a window
+at step n, k channels of the mask encoding at step n, h w cells of a map, m = c 2^S side of a mask.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# MODEL.DEEPMASK.PAD_MODE to torch's name for one cell: "symmetric" repeats the outermost one.
+_PADDING = {"zeros": "zeros", "symmetric": "replicate", "port": "reflect"}
+UPSAMPLING = ("nearest", "bilinear")
+
+
+def _conv(before: int, after: int, pad_mode: str) -> nn.Conv2d:
+    return nn.Conv2d(before, after, kernel_size=3, padding=1, padding_mode=_PADDING[pad_mode])
+
+
+def step_widths(km: int, steps: int) -> list[int]:
+    """Channels k of the mask encoding at each step: `km`, then half as many each time.
+
+    Raises:
+        ValueError: not all of them are even and at least 2; the message names the config's key.
+    """
+    widths = [km / 2**n for n in range(steps)]
+    if any(k < 2 or k % 2 for k in widths):
+        raise ValueError(
+            f"MODEL.SHARPMASK.KM must be a positive multiple of {2**steps}, so that it can be "
+            f"halved at each of {steps} steps: {km}"
+        )
+    return [int(k) for k in widths]
+
+
+class RefinementStep(nn.Module):
+    """One refinement module: adds a trunk map to a mask encoding and doubles its size.
+
+    Two paths end in k / 2 channels each and are added, which is the paper's concatenation followed
+    by a convolution.
+    """
+
+    def __init__(self, in_channels: int, hidden: int, width: int, upsample: str, pad_mode: str):
+        """
+        Args:
+            in_channels: C of the trunk map.
+            hidden: channels of the horizontal path's first convolution.
+            width: k.
+            upsample: "nearest" or "bilinear" (half-pixel centres).
+            pad_mode: as MODEL.DEEPMASK.PAD_MODE.
+        """
+        super().__init__()
+        self.horizontal = nn.Sequential(
+            _conv(in_channels, hidden, pad_mode),
+            nn.ReLU(inplace=True),
+            _conv(hidden, width, pad_mode),
+            nn.ReLU(inplace=True),
+            _conv(width, width // 2, pad_mode),
+        )
+        self.vertical = nn.Sequential(
+            _conv(width, width, pad_mode),
+            nn.ReLU(inplace=True),
+            _conv(width, width // 2, pad_mode),
+        )
+        self.upsample = nn.Upsample(
+            scale_factor=2,
+            mode=upsample,
+            align_corners=False if upsample == "bilinear" else None,
+        )
+
+    def forward(self, encoding: Tensor, lateral: Tensor) -> Tensor:
+        """
+        Args:
+            encoding: (N, k, q, q).
+            lateral: (N, k/2, q, q), what `horizontal` made of the trunk map in the same windows.
+
+        Returns:
+            (N, k/2, 2q, 2q).
+        """
+        return self.upsample(F.relu(self.vertical(encoding) + lateral))
+
+
+class Refinement(nn.Module):
+    """The whole top-down path, run on training patches or on the windows of whole images.
+
+    The same weights see other borders in the two. On patches the trunk maps are cropped first, as
+    released, so that the horizontal path's convolutions pad at the window's border. On whole
+    images they run once over the map and pad at its border only: in the three outermost cells of
+    a window, at every step, they see its neighbours. The vertical path pads at the window's border
+    in both. The two agree exactly where the map is one window.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        cells: int,
+        in_channels: Sequence[int],
+        km: int = 32,
+        ks: int = 64,
+        upsample: str = "nearest",
+        pad_mode: str = "zeros",
+        chunk: int = 128,
+    ):
+        """
+        Args:
+            embed_dim: E.
+            cells: c.
+            in_channels: C of the trunk maps from coarse to fine, each with half the stride of the
+                one before; their number is S.
+            km: channels of M1, a multiple of 2^S.
+            ks: channels of the horizontal paths' first convolutions; half as many at the last step
+                (as released).
+            upsample: "nearest" (released) or "bilinear" (paper).
+            pad_mode: "zeros", "symmetric" (released in Lua) or "port" (reflect).
+            chunk: windows of whole images that are refined at a time.
+
+        Raises:
+            ValueError: one of them has no such value; the message names the config's key.
+        """
+        super().__init__()
+        if not in_channels:
+            raise ValueError("MODEL.SHARPMASK.IN_FEATURES must name at least one map")
+        if ks < 2 or ks % 2:
+            raise ValueError(f"MODEL.SHARPMASK.KS must be even and at least 2: {ks}")
+        if upsample not in UPSAMPLING:
+            raise ValueError(f"MODEL.SHARPMASK.UPSAMPLE must be one of {UPSAMPLING}: {upsample!r}")
+        if pad_mode not in _PADDING:
+            raise ValueError(
+                f"MODEL.DEEPMASK.PAD_MODE must be one of {tuple(_PADDING)}: {pad_mode!r}"
+            )
+        widths = step_widths(km, len(in_channels))
+        self.cells, self.km, self.chunk = cells, km, chunk
+        self.encode = nn.Linear(embed_dim, km * cells**2)
+        hidden = [ks] * (len(in_channels) - 1) + [ks // 2]
+        self.steps = nn.ModuleList(
+            RefinementStep(before, inner, width, upsample, pad_mode)
+            for before, inner, width in zip(in_channels, hidden, widths, strict=True)
+        )
+        self.predict = _conv(widths[-1] // 2, 1, pad_mode)
+
+    @property
+    def out_size(self) -> int:
+        """Side m of the masks."""
+        return self.cells * 2 ** len(self.steps)
+
+    def _refine(self, vectors: Tensor, laterals: Sequence[Tensor]) -> Tensor:
+        """Vectors (N, E) and laterals (N, k/2, q, q) per step to logits (N, m, m)."""
+        encoding = self.encode(vectors).unflatten(1, (self.km, self.cells, self.cells))
+        for step, lateral in zip(self.steps, laterals, strict=True):
+            encoding = step(encoding, lateral)
+        return self.predict(encoding)[:, 0]
+
+    def patches(self, vectors: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Masks of patches that were run through the trunk one by one.
+
+        Args:
+            vectors: (N, E).
+            maps: per step (N, C, q + r, q + r), where r >= 0 is even: the context, of which half
+                is cropped at each side.
+
+        Returns:
+            (N, m, m) logits.
+
+        Raises:
+            ValueError: a map is smaller than the window, or lies not symmetrically around it.
+        """
+        laterals = []
+        for n, (step, features) in enumerate(zip(self.steps, maps, strict=True)):
+            side = self.cells * 2**n
+            margins = [size - side for size in features.shape[-2:]]
+            if min(margins) < 0 or any(margin % 2 for margin in margins):
+                raise ValueError(
+                    f"trunk map {n + 1} of a patch has {tuple(features.shape[-2:])} cells: "
+                    f"{side} and an even number around them are needed"
+                )
+            top, left = (margin // 2 for margin in margins)
+            laterals.append(step.horizontal(features[..., top : top + side, left : left + side]))
+        return self._refine(vectors, laterals)
+
+    def laterals(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The horizontal paths over whole images, once.
+
+        Args:
+            maps: per step (B, C, h, w); each next one has twice the cells of the one before along
+                both axes, or fewer where the image ends within a coarse cell.
+
+        Returns:
+            per step (B, k/2, h, w), where a map is continued by its last row and column if it
+            has less than twice as many cells as the one before.
+        """
+        found: list[Tensor] = []
+        for n, (step, features) in enumerate(zip(self.steps, maps, strict=True)):
+            lateral = step.horizontal(features)
+            needed = [2**n * size for size in maps[0].shape[-2:]]
+            bottom, right = (
+                max(0, size - there) for size, there in zip(needed, lateral.shape[-2:], strict=True)
+            )
+            if bottom or right:
+                lateral = F.pad(lateral, (0, right, 0, bottom), mode="replicate")
+            found.append(lateral)
+        return found
+
+    def windows(self, vectors: Tensor, laterals: Sequence[Tensor], locations: Tensor) -> Tensor:
+        """Masks of windows of whole images.
+
+        Args:
+            vectors: (N, E).
+            laterals: from :meth:`laterals`.
+            locations: int64 (N, 3): image, row and column of the window's first cell on the
+                coarsest map.
+
+        Returns:
+            (N, m, m) logits.
+        """
+        views = []
+        for n, lateral in enumerate(laterals):
+            side, factor = self.cells * 2**n, 2**n
+            view = lateral.unfold(2, side, factor).unfold(3, side, factor)
+            views.append(view.permute(0, 2, 3, 1, 4, 5))  # (B, rows, columns, k/2, q, q), no copy
+        masks = [
+            self._refine(part, [view[tuple(places.T)] for view in views])
+            for part, places in zip(
+                vectors.split(self.chunk), locations.split(self.chunk), strict=True
+            )
+        ]
+        return torch.cat(masks)
