@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from unseg.checkpoint.deepmask import convert_deepmask
 from unseg.checkpoint.files import atomic_write
 from unseg.checkpoint.freesolo import check_freesolo
 from unseg.checkpoint.resnet import Weights, convert_resnet
@@ -77,6 +78,13 @@ def _convert_freesolo(content: Any, path: str) -> Weights:
     return check_freesolo(_unwrap(content, path, ("model",)), path)
 
 
+def _convert_deepmask(content: Any, path: str) -> Weights:
+    return convert_deepmask(_unwrap(content, path, ("state_dict",)), path)
+
+
+# These are whole models, to be loaded by their names.
+_WHOLE = ("freesolo", "deepmask")
+
 CONVERTERS: dict[str, Callable[[Any, str], Weights]] = {
     # https://github.com/WXinlong/DenseCL: whole pre-training state, or the extracted backbone
     "densecl": _resnet_converter(
@@ -91,6 +99,8 @@ CONVERTERS: dict[str, Callable[[Any, str], Weights]] = {
     "torchvision": _convert_torchvision,
     # https://github.com/NVlabs/FreeSOLO: a whole model under our names already
     "freesolo": _convert_freesolo,
+    # A PyTorch port of DeepMask (ResNet-50): a training state
+    "deepmask": _convert_deepmask,
 }
 
 
@@ -98,15 +108,16 @@ def convert(kind: str, path: str | os.PathLike) -> dict[str, Any]:
     """Read a released checkpoint and give its weights Detectron2's names.
 
     Args:
-        kind: "densecl", "moco", "dino" or "torchvision", for a backbone, or "freesolo".
+        kind: "densecl", "moco", "dino" or "torchvision", for a backbone; "freesolo" or
+            "deepmask" (its PyTorch port).
         path: the local file.
 
     Returns:
         ``{"model": {name: tensor}, "__author__": ..., "matching_heuristics": bool}``. A backbone
         has heuristics on: Detectron2 loads it into any model with that ResNet, with or without an
         FPN around it, or with that ViT (``build_dino_vit_backbone``) or VGG
-        (``build_vgg_backbone``). A FreeSOLO is loaded by its names, without optimizer and
-        schedule.
+        (``build_vgg_backbone``). A FreeSOLO or DeepMask is loaded by its names, without optimizer
+        and schedule.
 
     Raises:
         KeyError: the kind is unknown.
@@ -118,7 +129,7 @@ def convert(kind: str, path: str | os.PathLike) -> dict[str, Any]:
     return {
         "model": model,
         "__author__": f"unseg ({kind})",
-        "matching_heuristics": kind != "freesolo",
+        "matching_heuristics": kind not in _WHOLE,
     }
 
 

@@ -3,8 +3,8 @@
     python -m unseg.tools.convert_weights densecl densecl_r50.pth output.pth
 
 The result is a backbone for MODEL.WEIGHTS of any config with that ResNet, ViT or VGG (dino,
-torchvision: whichever of them the file holds) or, of a FreeSOLO checkpoint, the whole model. The
-tool fails if a weight finds no place.
+torchvision: whichever of them the file holds) or, of a FreeSOLO checkpoint or one of DeepMask's
+PyTorch port (deepmask), the whole model. The tool fails if a weight finds no place.
 """
 
 import argparse
