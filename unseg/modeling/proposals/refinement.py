@@ -188,24 +188,23 @@ class Refinement(nn.Module):
         """The horizontal paths over whole images, once.
 
         Args:
-            maps: per step (B, C, h, w); each next one has twice the cells of the one before along
-                both axes, or fewer where the image ends within a coarse cell.
+            maps: per step (B, C, h, w), each next one with twice the cells of the one before.
 
         Returns:
-            per step (B, k/2, h, w), where a map is continued by its last row and column if it
-            has less than twice as many cells as the one before.
+            per step (B, k/2, h, w).
+
+        Raises:
+            ValueError: the sizes are others; where an image ends within a coarse cell, finer maps
+                lack a part of the last windows.
         """
-        found: list[Tensor] = []
-        for n, (step, features) in enumerate(zip(self.steps, maps, strict=True)):
-            lateral = step.horizontal(features)
-            needed = [2**n * size for size in maps[0].shape[-2:]]
-            bottom, right = (
-                max(0, size - there) for size, there in zip(needed, lateral.shape[-2:], strict=True)
+        sizes = [tuple(features.shape[-2:]) for features in maps]
+        height, width = sizes[0]
+        if sizes != [(height * 2**n, width * 2**n) for n in range(len(self.steps))]:
+            raise ValueError(
+                f"{len(self.steps)} trunk maps are needed, each with twice the cells of the one "
+                f"before: {sizes}"
             )
-            if bottom or right:
-                lateral = F.pad(lateral, (0, right, 0, bottom), mode="replicate")
-            found.append(lateral)
-        return found
+        return [step.horizontal(x) for step, x in zip(self.steps, maps, strict=True)]
 
     def windows(self, vectors: Tensor, laterals: Sequence[Tensor], locations: Tensor) -> Tensor:
         """Masks of windows of whole images.
