@@ -1,6 +1,7 @@
 """Build the loaders of training and testing from a config."""
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
+from unseg.data.annotation_stream import AnnotationDataset, AnnotationIndex
 from unseg.data.mappers import build_mapper
 from unseg.data.sampling import DrawDataset, ResumableLoader, TrainingBatchSampler
 
@@ -57,11 +59,27 @@ def _repeat_factors(cfg: CfgNode, dicts: list[dict[str, Any]]) -> np.ndarray | N
     )
 
 
+def _annotation_index(
+    cfg: CfgNode, mapper: Callable[..., Any], dicts: list[dict[str, Any]]
+) -> AnnotationIndex | None:
+    """What the mapper wants an epoch to go through; None is the images."""
+    choose = getattr(mapper, "annotation_index", None)
+    index = choose(dicts) if choose else None
+    if index is not None and cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN!r}: the mapper draws "
+            "annotations, not images: use TrainingSampler"
+        )
+    return index
+
+
 def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     """Batches of ``DATASETS.TRAIN`` for this rank, reproducible from ``SEED``.
 
     DATALOADER.*, SOLVER.IMS_PER_BATCH and INPUT.* are read as well. With ``SEED`` -1 a seed is
-    drawn; it is the loader's ``seed``.
+    drawn; it is the loader's ``seed``. If the mapper has a method ``annotation_index(dicts)``, and
+    it returns an index, an epoch goes through those annotations instead of the images, and a batch
+    has SOLVER.IMS_PER_BATCH of them.
 
     Raises:
         ValueError: the batch is not divisible by the number of ranks, or a setting is unknown.
@@ -78,7 +96,14 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         is_wide = np.array([d["width"] > d["height"] for d in dicts])
     repeat_factors = _repeat_factors(cfg, dicts)
-    num_images = len(dicts)  # the closure must not keep the list alive
+    mapper = build_mapper(cfg, True)
+    index = _annotation_index(cfg, mapper, dicts)
+    # Serialised: workers do not copy it page by page.
+    records: Sequence[dict[str, Any]] = DatasetFromList(dicts, copy=False)
+    if index is not None:
+        records, repeat_factors = AnnotationDataset(records, index), index.repeat_factors
+        is_wide = None if is_wide is None else is_wide[index.images]
+    num_images = len(records)  # the closure must not keep the list alive
 
     def make_batches(seed: int, start_iteration: int) -> TrainingBatchSampler:
         return TrainingBatchSampler(
@@ -92,13 +117,8 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
             repeat_factors=repeat_factors,
         )
 
-    dataset = DrawDataset(
-        DatasetFromList(dicts, copy=False),  # serialised: workers do not copy it page by page
-        build_mapper(cfg, True),
-        skip_bad=skip_bad,
-    )
     return ResumableLoader(
-        dataset,
+        DrawDataset(records, mapper, skip_bad=skip_bad),
         make_batches,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,

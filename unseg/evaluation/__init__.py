@@ -10,6 +10,7 @@ from unseg.evaluation.matching import (
     hungarian,
     pairwise_iou_of_labels,
 )
+from unseg.evaluation.patches import PatchMaskEvaluator
 from unseg.evaluation.proposal_recall import ProposalRecallEvaluator
 from unseg.evaluation.stock import COCOEvaluator, LVISEvaluator
 from unseg.evaluation.video_miou import VideoMIoUEvaluator
@@ -20,6 +21,7 @@ __all__ = [
     "COCOEvaluator",
     "ClassAgnosticCOCOEvaluator",
     "LVISEvaluator",
+    "PatchMaskEvaluator",
     "ProposalRecallEvaluator",
     "VideoMIoUEvaluator",
     "build_evaluator",

@@ -1,6 +1,7 @@
 """From dataset dicts to the inputs of models."""
 
 from unseg.data.mappers.augmentation import ResizeShortestEdge, build_augmentations
+from unseg.data.mappers.deepmask_mapper import DeepMaskPatchMapper
 from unseg.data.mappers.instance_mapper import InstanceMapper
 from unseg.data.mappers.oracle_mapper import OracleMapper
 from unseg.data.mappers.registry import MAPPERS, build_mapper
@@ -9,6 +10,7 @@ from unseg.data.mappers.two_view_mapper import TwoViewInstanceMapper
 
 __all__ = [
     "MAPPERS",
+    "DeepMaskPatchMapper",
     "InstanceMapper",
     "OracleMapper",
     "ResizeShortestEdge",
