@@ -7,9 +7,7 @@ Source: Pinheiro et al., "Learning to segment object candidates" (NeurIPS 2015),
 import math
 from dataclasses import dataclass
 
-import torch
 from detectron2.config import CfgNode
-from torch import Tensor
 
 # What lies outside an image, in raw pixel values.
 GREY = 127.5
@@ -104,25 +102,10 @@ class PatchGeometry:
         return half, right, half, below
 
     def grid(self, height: int, width: int, stride: int) -> tuple[int, int]:
-        """Rows and columns of windows on a resized image."""
+        """Rows and columns of windows on a resized image.
+
+        The window at (i, j) is centred on (stride * j, stride * i), x and y.
+        """
         cells = self.cells(stride)
         rows, columns = (-(-(side + self.input_size) // stride) for side in (height, width))
         return rows - cells + 1, columns - cells + 1
-
-    def window_boxes(
-        self, rows: Tensor, columns: Tensor, stride: int, scale: tuple[float, float]
-    ) -> Tensor:
-        """float32 (N, 4): the windows at int64 (N,) `rows` and `columns`, in an output image.
-
-        The window at (i, j) is centred on (stride * j, stride * i) of the resized image.
-
-        Args:
-            rows, columns: locations on the head's map.
-            stride: of that map.
-            scale: pixels of the resized image per pixel of the output image, in x and in y.
-        """
-        factors = torch.tensor(scale, dtype=torch.float64, device=rows.device)
-        centers = torch.stack([columns, rows], dim=1) * stride
-        half = self.input_size // 2
-        corners = torch.cat([(centers - half) / factors, (centers + half) / factors], dim=1)
-        return corners.float()
