@@ -15,10 +15,12 @@ def add_instance_fcn_config(cfg: CfgNode) -> None:
     # Channels of the first convolution of both branches.
     node.HIDDEN = 512
     # Where the centre of a map's first cell lies, in pixels. -1: what the backbone says
-    # (`cell_offsets`), else half a stride.
+    # (`cell_offsets`), else half a stride. Several maps need -1. A proposal generator cannot ask
+    # the backbone.
     node.CELL_OFFSET = -1.0
     # Longest side in pixels of an object that fits a window. 0: m * stride / 1.3125 (128 for m = 21
-    # at stride 8).
+    # at stride 8). Of several maps it is that of the finest; the others' are in proportion to their
+    # strides.
     node.OBJECT_SIZE = 0.0
     # A window is positive if it is at most so far from an object's place, in pixels for an object
     # of 128 (in proportion for others) and in octaves; negative if at least so far from every
@@ -37,7 +39,8 @@ def add_instance_fcn_config(cfg: CfgNode) -> None:
     node.MASK_LOSS_WEIGHT = 1.0
     node.SCORE_LOSS_WEIGHT = 1.0
     # "image": whole images (fully convolutional training); "crop": patches around objects, one
-    # window each, by DeepMaskPatchMapper (the ablation of the paper).
+    # window each, by DeepMaskPatchMapper (the ablation of the paper); MODEL.DEEPMASK.INPUT_SIZE,
+    # CONTEXT, OBJECT_SIZE and GT_SIZE must fit the windows.
     node.TRAIN_ON = "image"
 
     test = node.TEST = CfgNode()

@@ -16,11 +16,20 @@ from unseg.modeling.exemplars import (
     find_exemplar_head,
     with_exemplars,
 )
-from unseg.modeling.meta_arch import DeepSpectral, ExemplarFreeSOLO, FreeSOLO, MaskDiscovery
+from unseg.modeling.meta_arch import (
+    DeepMask,
+    DeepSpectral,
+    ExemplarFreeSOLO,
+    FreeSOLO,
+    InstanceFCN,
+    MaskDiscovery,
+)
+from unseg.modeling.proposals.generator import InstanceFCNProposalGenerator
 from unseg.modeling.roi_heads import ExemplarROIHeads
 
 __all__ = [
     "VGG",
+    "DeepMask",
     "DeepSpectral",
     "DinoViT",
     "ExemplarContrast",
@@ -30,6 +39,8 @@ __all__ = [
     "FPNWithBottomUp",
     "FilterBank",
     "FreeSOLO",
+    "InstanceFCN",
+    "InstanceFCNProposalGenerator",
     "MaskDiscovery",
     "build_dino_vit_backbone",
     "build_filter_bank_backbone",

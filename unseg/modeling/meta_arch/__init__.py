@@ -1,8 +1,17 @@
 """Meta-architectures."""
 
 from unseg.modeling.meta_arch.deep_spectral import DeepSpectral
+from unseg.modeling.meta_arch.deepmask import DeepMask
 from unseg.modeling.meta_arch.exemplar_freesolo import ExemplarFreeSOLO
 from unseg.modeling.meta_arch.freesolo import FreeSOLO
+from unseg.modeling.meta_arch.instance_fcn import InstanceFCN
 from unseg.modeling.meta_arch.mask_discovery import MaskDiscovery
 
-__all__ = ["DeepSpectral", "ExemplarFreeSOLO", "FreeSOLO", "MaskDiscovery"]
+__all__ = [
+    "DeepMask",
+    "DeepSpectral",
+    "ExemplarFreeSOLO",
+    "FreeSOLO",
+    "InstanceFCN",
+    "MaskDiscovery",
+]
