@@ -9,6 +9,8 @@ def add_common_config(cfg: CfgNode) -> None:
     cfg.INPUT.MAPPER = "InstanceMapper"
     # Take all categories for one (0): for class-agnostic models on data sets with classes.
     cfg.INPUT.CLASS_AGNOSTIC = False
+    # InstanceMapper drops crowd annotations; True: their masks are given as `crowd_masks`.
+    cfg.INPUT.KEEP_CROWDS = False
     # What to do with an image that cannot be read: "raise" (the error names the file) or "skip".
     # Training then takes another one in its place, and raises all the same once it is clear that
     # more than 1 % of the data are bad. Mask discovery leaves it out, counts it and reports the

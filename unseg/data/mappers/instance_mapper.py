@@ -38,6 +38,7 @@ class InstanceMapper:
         with_masks: bool = True,
         class_agnostic: bool = False,
         proposal_topk: int | None = None,
+        keep_crowds: bool = False,
     ):
         """
         Args:
@@ -48,6 +49,7 @@ class InstanceMapper:
             class_agnostic: every category becomes 0.
             proposal_topk: give at most so many of the precomputed proposals as ``proposals``;
                 None: there are none.
+            keep_crowds: give the regions of crowd annotations as ``crowd_masks``.
         """
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
@@ -55,6 +57,7 @@ class InstanceMapper:
         self.with_masks = with_masks
         self.class_agnostic = class_agnostic
         self.proposal_topk = proposal_topk
+        self.keep_crowds = keep_crowds
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class InstanceMapper:
             "with_masks": cfg.MODEL.MASK_ON,
             "class_agnostic": cfg.INPUT.CLASS_AGNOSTIC,
             "proposal_topk": topk,
+            "keep_crowds": cfg.INPUT.KEEP_CROWDS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -80,14 +84,15 @@ class InstanceMapper:
 
         Returns:
             a copy with ``image`` (3, H, W) uint8 and, in training, ``instances`` with gt_boxes,
-            gt_classes and gt_masks instead of ``annotations``, and ``sem_seg`` (H, W) int64
-            if the dict names a ``sem_seg_file_name``.
+            gt_classes and gt_masks instead of ``annotations``, ``sem_seg`` (H, W) int64
+            if the dict names a ``sem_seg_file_name``, and, if crowds are kept, ``crowd_masks``
+            (BitMasks).
 
         Raises:
             ImageReadError: the image (or the semantic segmentation) cannot be read.
             SizeMismatchError: its size is not the one in the dict.
-            ValueError: masks are wanted and an annotation has none, or the semantic segmentation
-                is of another size.
+            ValueError: masks are wanted (or crowds kept) and an annotation (a crowd) has none, or
+                the semantic segmentation is of another size.
         """
         dataset_dict = copy.copy(dataset_dict)
         annotations = dataset_dict.pop("annotations", [])
@@ -110,6 +115,8 @@ class InstanceMapper:
         if self.is_train:
             try:
                 instances = self._instances(annotations, transforms, original_size, image.shape[1:])
+                if self.keep_crowds:
+                    dataset_dict["crowd_masks"] = _crowds(annotations, transforms, image.shape[1:])
             except ValueError as error:
                 raise ValueError(f"{dataset_dict['file_name']}: {error}") from error
             dataset_dict["instances"] = instances
@@ -141,19 +148,7 @@ class InstanceMapper:
     ) -> Instances:
         """Transformed annotations without crowds, and without those that fell out of view."""
         annotations = [a for a in annotations if not a.get("iscrowd", 0)]
-        transformed = [
-            detection_utils.transform_instance_annotations(
-                # a deep copy, because transforms may write into polygons
-                copy.deepcopy({k: annotation[k] for k in _USED_FIELDS if k in annotation}),
-                transforms,
-                size,
-            )
-            for annotation in annotations
-        ]
-        for annotation in transformed:
-            if isinstance(annotation.get("segmentation"), np.ndarray):
-                annotation["segmentation"] = _unflipped(annotation["segmentation"])
-        instances = detection_utils.annotations_to_instances(transformed, size, "bitmask")
+        instances = _transformed(annotations, transforms, size)
         if instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         elif self.with_masks and len(instances):
@@ -167,6 +162,38 @@ class InstanceMapper:
         if not self.with_masks and instances.has("gt_masks"):
             instances.remove("gt_masks")
         return instances
+
+
+def _transformed(
+    annotations: Sequence[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int]
+) -> Instances:
+    """Annotations in the transformed image, out of view or not, as Detectron2 makes Instances."""
+    transformed = [
+        detection_utils.transform_instance_annotations(
+            # a deep copy, because transforms may write into polygons
+            copy.deepcopy({k: annotation[k] for k in _USED_FIELDS if k in annotation}),
+            transforms,
+            size,
+        )
+        for annotation in annotations
+    ]
+    for annotation in transformed:
+        if isinstance(annotation.get("segmentation"), np.ndarray):
+            annotation["segmentation"] = _unflipped(annotation["segmentation"])
+    return detection_utils.annotations_to_instances(transformed, size, "bitmask")
+
+
+def _crowds(
+    annotations: Sequence[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int]
+) -> BitMasks:
+    """The regions of the crowds among the annotations, without those that fell out of view."""
+    crowds = [annotation for annotation in annotations if annotation.get("iscrowd", 0)]
+    if not crowds:
+        return BitMasks(torch.zeros((0, *size), dtype=torch.bool))
+    if not all("segmentation" in crowd for crowd in crowds):
+        raise ValueError("a crowd has no 'segmentation', but INPUT.KEEP_CROWDS is True")
+    masks = _transformed(crowds, transforms, size).gt_masks
+    return masks[masks.nonempty()]
 
 
 def _unflipped(array: np.ndarray) -> np.ndarray:
