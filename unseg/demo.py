@@ -61,7 +61,8 @@ def draw_prediction(rgb: np.ndarray, instances: Instances, threshold: float) -> 
 
     Args:
         rgb: (H, W, 3) uint8.
-        instances: with ``scores``, and ``pred_masks`` (N, H, W) or else ``pred_boxes``.
+        instances: with ``scores``, and ``pred_masks`` (N, H, W), or WindowMasks, or else
+            ``pred_boxes``.
         threshold: lowest score to draw.
 
     Returns:
@@ -70,7 +71,7 @@ def draw_prediction(rgb: np.ndarray, instances: Instances, threshold: float) -> 
     instances = instances[instances.scores >= threshold].to("cpu")
     labels = [f"{score:.0%}" for score in instances.scores.tolist()]
     if instances.has("pred_masks"):
-        return draw_instances(rgb, instances.pred_masks.numpy(), labels)
+        return draw_instances(rgb, np.asarray(instances.pred_masks), labels)
     return draw_instances(rgb, None, labels, boxes=instances.pred_boxes.tensor.numpy())
 
 

@@ -131,7 +131,8 @@ class ExemplarMaker:
                 f"the model ({type(self.model).__name__}) gives no instances with masks "
                 "(pred_masks, scores), which the exemplars are cut out with"
             )
-        return found.pred_masks.cpu().numpy().astype(bool), found.scores.cpu().numpy()
+        masks = np.asarray(found.pred_masks.to("cpu")).astype(bool, copy=False)
+        return masks, found.scores.cpu().numpy()
 
     @torch.no_grad()
     def encode(

@@ -20,10 +20,34 @@ from unseg.engine.drawing import draw_instances, side_by_side
 
 logger = logging.getLogger(__name__)
 
+_MAX_DRAWN = 100  # predictions of a picture; a proposal method gives a thousand
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def let_idle_parameters_rest(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """From now on parameters that a model's last training step had no use for stay as they are.
+
+    A model that trains its parts in turns names them by ``idle_parameters()``. Their gradients are
+    zeros then, which distributed training needs, but with which momentum and weight decay would
+    still move them; before each step of the optimizer they are taken away. Their momentum waits.
+
+    Args:
+        optimizer: of the model's parameters.
+        model: without such a method, also in its parts, nothing is changed.
+    """
+    sources = [m for m in unwrap(model).modules() if hasattr(m, "idle_parameters")]
+
+    def take_gradients(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for module in sources:
+            for parameter in module.idle_parameters():
+                parameter.grad = None
+
+    if sources:
+        optimizer.register_step_pre_hook(take_gradients)
 
 
 class StepSeeds(HookBase):
@@ -181,7 +205,9 @@ class TrainingPictures(HookBase):
         instances = output.get("instances")
         if instances is None or not instances.has("pred_masks"):
             return np.zeros((0, *x["image"].shape[1:]), dtype=bool)
-        return _masks(instances[instances.scores >= self.score_threshold], "pred_masks")
+        shown = (instances.scores >= self.score_threshold).nonzero()[:, 0]
+        best = torch.argsort(instances.scores[shown], descending=True, stable=True)
+        return _masks(instances[shown[best[:_MAX_DRAWN]]], "pred_masks")
 
     def _rgb(self, image: Tensor) -> np.ndarray:
         array = image.permute(1, 2, 0).byte().cpu().numpy()
@@ -189,7 +215,7 @@ class TrainingPictures(HookBase):
 
 
 def _masks(instances: Instances, field: str) -> np.ndarray:
-    """(N, H, W) bool of a field with bit masks or a mask tensor."""
+    """(N, H, W) bool of a field with bit masks, masks of windows or a mask tensor."""
     if not instances.has(field):
         return np.zeros((0, *instances.image_size), dtype=bool)
     masks = instances.get(field)

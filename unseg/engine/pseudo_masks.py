@@ -15,7 +15,7 @@ from unseg.discovery import write_pseudo_masks
 from unseg.discovery.io import read_header
 from unseg.discovery.statistics import MaskStatistics
 from unseg.engine.dataset_job import DatasetJob, LoadedUnit
-from unseg.structures import ImageRecord, PseudoMask, make_pseudo_masks
+from unseg.structures import ImageRecord, PseudoMask, WindowMasks, make_pseudo_masks
 
 
 class _Labeller:
@@ -64,7 +64,9 @@ class _Labeller:
 
 def _from_instances(instances: Instances) -> list[PseudoMask]:
     embeddings = instances.pred_embeddings if instances.has("pred_embeddings") else None
-    return make_pseudo_masks(instances.pred_masks, instances.scores, embeddings)
+    masks = instances.pred_masks
+    masks = masks.to_rle() if isinstance(masks, WindowMasks) else masks
+    return make_pseudo_masks(masks, instances.scores, embeddings)
 
 
 def _to_json(mask: PseudoMask) -> dict[str, Any]:

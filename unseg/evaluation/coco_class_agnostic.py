@@ -37,7 +37,7 @@ from unseg.evaluation.coco_records import (
     tasks_of_ground_truth,
 )
 from unseg.layers.packed_masks import PackedMasks
-from unseg.structures import encode_masks
+from unseg.structures import WindowMasks, encode_masks
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ def output_folder(cfg: CfgNode, dataset_name: str) -> str:
 
 
 def _encode(masks: Any, image_id: Any) -> list[dict[str, Any]]:
-    """COCO encodings, with str counts, of (N, H, W) bool masks, packed masks or encodings."""
+    """COCO encodings, with str counts, of masks of any form that is allowed, or of encodings."""
+    if isinstance(masks, WindowMasks):
+        masks = masks.to_rle()  # not through `.tensor`, which pastes all of them at once
     masks = getattr(masks, "tensor", masks)  # BitMasks
     masks = masks.to_dense() if isinstance(masks, PackedMasks) else masks
     if isinstance(masks, torch.Tensor | np.ndarray):
@@ -88,8 +90,9 @@ def instances_to_results(instances: Instances, image_id: Any) -> list[Annotation
 
     Args:
         instances: with ``scores`` and ``pred_boxes``, ``pred_masks`` or both, at the original image
-            size; masks are a tensor (N, H, W), PackedMasks, BitMasks or a list of COCO run-length
-            encodings. Or a proposal generator's: ``proposal_boxes``, ``objectness_logits``.
+            size; masks are a tensor (N, H, W), PackedMasks, BitMasks, WindowMasks or a list of COCO
+            run-length encodings. Or a proposal generator's: ``proposal_boxes``,
+            ``objectness_logits``.
         image_id: of the dataset dict.
 
     Raises:

@@ -7,6 +7,7 @@ Legend: N proposals by falling score, G objects of an image that are not crowds,
 (all, small, medium, large), T IoU thresholds (.50:.05:.95).
 """
 
+import functools
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from unseg.evaluation.recall import (
     match_ranks,
 )
 from unseg.layers import PackedMasks, pack_masks
-from unseg.structures import RLE
+from unseg.structures import RLE, WindowMasks
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +105,9 @@ def ranked_proposals(instances: Instances, limit: int) -> Proposals:
     Args:
         instances: at the original image size, with ``scores`` or ``objectness_logits`` (N,);
             ``pred_boxes`` or ``proposal_boxes``, or ``pred_masks``, or both: masks are (N, H, W)
-            bool or uint8, BitMasks, PackedMasks or COCO run-length encodings. Without boxes, those
-            of the masks are taken. Equal scores go by ``pred_classes`` first, if there are any, as
-            under COCOeval's ``useCats=0``.
+            bool or uint8, BitMasks, PackedMasks, WindowMasks or COCO run-length encodings. Without
+            boxes, those of the masks are taken. Equal scores go by ``pred_classes`` first, if there
+            are any, as under COCOeval's ``useCats=0``.
         limit: keep at most so many.
 
     Raises:
@@ -137,6 +138,8 @@ def ranked_proposals(instances: Instances, limit: int) -> Proposals:
 
 def _pack(masks: Any, size: tuple[int, int]) -> PackedMasks:
     """Masks of any of the forms above, of the image's size."""
+    if isinstance(masks, WindowMasks):
+        masks = masks.pack()  # not through `.tensor`, which pastes all of them at once
     masks = getattr(masks, "tensor", masks)  # BitMasks
     masks = torch.from_numpy(masks) if isinstance(masks, np.ndarray) else masks
     if isinstance(masks, Sequence) and not len(masks):
@@ -166,8 +169,11 @@ class ProposalRecallEvaluator(DatasetEvaluator):
     objects nor against proposals. Memory grows with the objects of the data set, not with the
     proposals: matching is done image by image (see :mod:`unseg.evaluation.recall`).
 
-    A model's own caps come first (``TEST.DETECTIONS_PER_IMAGE``, proposals kept before and after
-    NMS): AR@1000 needs all of them at 1000 or more.
+    It can be listed in ``TEST.EVALUATORS`` beside ClassAgnosticCOCOEvaluator: their results have
+    different keys. Of an output that has both, ``instances`` are taken, not ``proposals``.
+
+    A model's own caps come first (``TEST.DETECTIONS_PER_IMAGE``, a proposal method's ``TOPK``,
+    proposals kept before and after NMS): AR@1000 needs all of them at 1000 or more.
     """
 
     @configurable
@@ -208,8 +214,19 @@ class ProposalRecallEvaluator(DatasetEvaluator):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, dataset_name: str) -> dict[str, Any]:
-        """Arguments; nothing of them is configurable, so that numbers are comparable."""
-        return {"dataset_name": dataset_name}
+        """Arguments from ``TEST.PROPOSALS.CAPS``; a warning if the model keeps fewer proposals."""
+        caps = tuple(cfg.TEST.PROPOSALS.CAPS)
+        key, kept = _own_cap(cfg)
+        if 0 < kept < max(caps, default=0):
+            logger.warning(
+                "%s %d is below TEST.PROPOSALS.CAPS %s: average recall cannot rise between them, "
+                "and AUC, which goes to %d proposals, is too low",
+                key,
+                kept,
+                caps,
+                AUC_COUNTS[-1],
+            )
+        return {"dataset_name": dataset_name, "caps": caps}
 
     def reset(self) -> None:
         """Forget all proposals."""
@@ -221,7 +238,8 @@ class ProposalRecallEvaluator(DatasetEvaluator):
 
         Args:
             inputs: dataset dicts, of which ``image_id`` is read.
-            outputs: each with ``instances`` or ``proposals``, see :func:`ranked_proposals`.
+            outputs: each with ``instances`` or ``proposals``, see :func:`ranked_proposals`; the
+                first if it has both.
 
         Raises:
             ValueError: an output with neither, an image that the data set lacks, masks missing
@@ -355,6 +373,18 @@ class ProposalRecallEvaluator(DatasetEvaluator):
                 floatfmt=".2f",
             ),
         )
+
+
+def _own_cap(cfg: CfgNode) -> tuple[str, int]:
+    """The key that limits how many proposals the model of a config gives, and its value."""
+    keys = {
+        "DeepMask": "MODEL.DEEPMASK.TEST.TOPK",
+        "SharpMask": "MODEL.DEEPMASK.TEST.TOPK",
+        "InstanceFCN": "MODEL.INSTANCE_FCN.TEST.TOPK",
+        "ProposalNetwork": "MODEL.RPN.POST_NMS_TOPK_TEST",
+    }
+    key = keys.get(cfg.MODEL.META_ARCHITECTURE, "TEST.DETECTIONS_PER_IMAGE")
+    return key, functools.reduce(lambda node, name: node[name], key.split("."), cfg)
 
 
 def _objects_by_image(coco: dict[str, Any], with_masks: bool) -> dict[Hashable, ImageObjects]:

@@ -33,7 +33,7 @@ from unseg.data.instance_map import instance_index_map
 from unseg.evaluation.build import EVALUATORS
 from unseg.evaluation.matching import confusion_of_labels, f_score_of_confusion, miou_of_confusion
 from unseg.layers.packed_masks import PackedMasks
-from unseg.structures import GRID_MODES, GridLabels, sample_on_grid
+from unseg.structures import GRID_MODES, GridLabels, WindowMasks, sample_on_grid
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def label_map(instances: Instances) -> np.ndarray:
 
     Args:
         instances: at the size of the image file, with ``scores`` (K,) and ``pred_masks``: (K, H, W)
-            bool or uint8, BitMasks, PackedMasks or COCO run-length encodings.
+            bool or uint8, BitMasks, PackedMasks, WindowMasks or COCO run-length encodings.
 
     Returns:
         (H, W) int32: 0 is the background, k + 1 the k-th mask.
@@ -81,11 +81,17 @@ def label_map(instances: Instances) -> np.ndarray:
     """
     if not instances.has("scores") or torch.isnan(instances.scores).any():
         raise ValueError("scores are missing or NaN")
-    masks = _dense(instances.pred_masks, instances.image_size)
+    masks = instances.pred_masks
+    if not isinstance(masks, WindowMasks):
+        masks = _dense(masks, instances.image_size)
+    elif masks.image_size != tuple(instances.image_size):
+        raise ValueError(f"pred_masks are {masks.image_size}, not {instances.image_size} (H, W)")
     labels = torch.zeros(instances.image_size, dtype=torch.int32, device=masks.device)
-    # Painted from the last to the first.
-    for k in reversed(torch.argsort(instances.scores, descending=True, stable=True).tolist()):
-        labels[masks[k]] = k + 1
+    # Painted from the last to the first; windows are pasted as they are painted.
+    order = torch.argsort(instances.scores, descending=True, stable=True).flip(0)
+    ordered = masks[order] if isinstance(masks, WindowMasks) else (masks[k] for k in order)
+    for k, mask in zip(order.tolist(), ordered, strict=True):
+        labels[mask] = k + 1
     return labels.cpu().numpy()
 
 

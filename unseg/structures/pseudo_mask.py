@@ -56,12 +56,12 @@ class PseudoMask:
 
 
 def make_pseudo_masks(
-    masks: Tensor, scores: Tensor, embeddings: Tensor | None = None
+    masks: Tensor | list[RLE], scores: Tensor, embeddings: Tensor | None = None
 ) -> list[PseudoMask]:
     """Pseudo-masks of one image from tensors.
 
     Args:
-        masks: (N, H, W) bool at the size of the image file.
+        masks: (N, H, W) bool at the size of the image file, or their compressed encodings.
         scores: (N,) float.
         embeddings: (N, D) float or None.
 
@@ -73,7 +73,7 @@ def make_pseudo_masks(
         raise ValueError(
             f"{len(masks)} masks, {len(scores)} scores and {len(vectors)} embeddings do not match"
         )
-    rles = encode_masks(masks)
+    rles = masks if isinstance(masks, list) else encode_masks(masks)
     return [PseudoMask(r, s, v) for r, s, v in zip(rles, scores.tolist(), vectors, strict=True)]
 
 
