@@ -73,6 +73,15 @@ OTHER_PLACES = {
         "lvis/annotations/lvis1.0_cocofied_val_cls_agnostic.json",
     ),
 }
+# Part of a file: so many images, the first by their ids.
+FIRST_IMAGES = {
+    # What proposal methods are measured on since DeepMask.
+    "unseg_coco_2014_val_first5k_cls_agnostic": (
+        "coco/val2014",
+        "coco/annotations/instances_val2014.json",
+        5000,
+    ),
+}
 # Images without annotations: no evaluator.
 UNLABELED_FILES = {
     "unseg_coco_2017_unlabeled": (
@@ -169,6 +178,13 @@ def _from_files(
         )
 
 
+def _load_first(
+    json_file: str | os.PathLike, image_root: str | os.PathLike, *, count: int
+) -> list[dict[str, Any]]:
+    """The `count` images of the lowest ids."""
+    return load_class_agnostic_json(json_file, image_root)[:count]
+
+
 def _voc(root: Path) -> Iterator[BuiltinDataset]:
     for year, splits in VOC_BOX_SPLITS.items():
         folder = str(root / f"VOC{year}")
@@ -190,6 +206,13 @@ def builtin_datasets(root: str | os.PathLike) -> list[BuiltinDataset]:
     lvis = functools.partial(load_class_agnostic_json, file_name_from_url=True)
     return [
         *_from_files(root, COCO_FILES, load_class_agnostic_json),
+        *(
+            dataset
+            for name, (images, file, count) in FIRST_IMAGES.items()
+            for dataset in _from_files(
+                root, {name: (images, file)}, functools.partial(_load_first, count=count)
+            )
+        ),
         *_from_files(root, UNLABELED_FILES, load_class_agnostic_json),
         *_from_files(root, LVIS_FILES, lvis),
         *_from_files(root, VIDEO_FILES, load_class_agnostic_frames),
