@@ -33,21 +33,33 @@ def let_idle_parameters_rest(optimizer: torch.optim.Optimizer, model: nn.Module)
 
     A model that trains its parts in turns names them by ``idle_parameters()``. Their gradients are
     zeros then, which distributed training needs, but with which momentum and weight decay would
-    still move them; before each step of the optimizer they are taken away. Their momentum waits.
+    still move them. So the optimizer does not see them in its step; their momentum waits. (To take
+    their gradients away is not enough: clipping by value fails on parameters that have none.)
 
     Args:
         optimizer: of the model's parameters.
-        model: without such a method, also in its parts, nothing is changed.
+        model: if neither it nor a part of it has such a method, nothing is changed.
     """
     sources = [m for m in unwrap(model).modules() if hasattr(m, "idle_parameters")]
+    if not sources:
+        return
+    complete: list[list[nn.Parameter]] = []
 
-    def take_gradients(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for module in sources:
-            for parameter in module.idle_parameters():
-                parameter.grad = None
+    def hide(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        idle = {p for module in sources for p in module.idle_parameters()}
+        if complete or not idle:  # torch calls hooks once per class whose step is overridden
+            return
+        for group in optimizer.param_groups:
+            complete.append(group["params"])
+            group["params"] = [p for p in group["params"] if p not in idle]
 
-    if sources:
-        optimizer.register_step_pre_hook(take_gradients)
+    def show(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group, parameters in zip(optimizer.param_groups, complete):
+            group["params"] = parameters
+        complete.clear()
+
+    optimizer.register_step_pre_hook(hide)
+    optimizer.register_step_post_hook(show)
 
 
 class StepSeeds(HookBase):

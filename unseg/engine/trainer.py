@@ -16,7 +16,14 @@ from unseg.checkpoint import CheckpointError, SafeCheckpointer
 from unseg.data import build_test_loader, build_train_loader
 from unseg.data.sampling import ResumableLoader
 from unseg.engine.exemplars import ExemplarHook, attach_exemplars
-from unseg.engine.hooks import BatchWatch, EMAHook, StepSeeds, TrainingPictures, unwrap
+from unseg.engine.hooks import (
+    BatchWatch,
+    EMAHook,
+    StepSeeds,
+    TrainingPictures,
+    let_idle_parameters_rest,
+    unwrap,
+)
 from unseg.engine.optimizer import build_optimizer
 from unseg.evaluation import build_evaluator
 
@@ -73,6 +80,7 @@ class Trainer(DefaultTrainer):
         self._watch = BatchWatch(self.model)
         self._ema = None
         self._restored = False
+        let_idle_parameters_rest(self._trainer.optimizer, self.model)
         own: list[HookBase] = [StepSeeds()]
         head = attach_exemplars(unwrap(self.model), self.cfg)
         if head is not None:
