@@ -7,11 +7,13 @@ inside it.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes
+from pycocotools import mask as mask_util
 from torch import Tensor
 
 from unseg.layers import PackedMasks, pack_masks
@@ -169,21 +171,42 @@ class WindowMasks:
 
     def to_rle(self) -> list[RLE]:
         """Compressed COCO run-length encodings of the pasted masks."""
-        return [rle for chunk in self.chunks() for rle in encode_masks(chunk)]
+        if self.device.type != "cpu":
+            return [rle for chunk in self.chunks() for rle in encode_masks(chunk)]
+        return [_encode(patch, self.image_size) for patch in self._patches()]
 
     def tight_boxes(self) -> Boxes:
         """Boxes of the pasted masks' pixels, float32 (N, 4) XYXY; zeros where a mask is empty."""
-        boxes = [_bounds(chunk) for chunk in self.chunks()]
-        return Boxes(torch.cat(boxes) if boxes else self.boxes.new_zeros(0, 4))
+        if not len(self):
+            return Boxes(self.boxes.new_zeros(0, 4))
+        if self.device.type != "cpu":
+            return Boxes(torch.cat([_bounds(chunk) for chunk in self.chunks()]))
+        return Boxes(torch.tensor([_bounds_of(patch) for patch in self._patches()]))
 
     get_bounding_boxes = tight_boxes  # BitMasks' name
 
+    def _patches(self) -> Iterator["_Patch"]:
+        """On the CPU, each mask's part around its probable cells."""
+        settings = (self.image_size, self.threshold, self.align_corners)
+        return _paste_patches(self.probabilities, self.boxes, *settings)
+
     def _paste(self) -> Tensor:
         """bool (N, H, W) on the masks' device."""
-        paste = _paste_on_cpu if self.device.type == "cpu" else _paste_batch
-        return paste(
-            self.probabilities, self.boxes, self.image_size, self.threshold, self.align_corners
-        )
+        if self.device.type != "cpu":
+            settings = (self.image_size, self.threshold, self.align_corners)
+            return _paste_batch(self.probabilities, self.boxes, *settings)
+        masks = np.zeros(self.shape, dtype=bool)
+        for mask, (x, y, patch) in zip(masks, self._patches(), strict=True):
+            mask[y : y + patch.shape[0], x : x + patch.shape[1]] = patch
+        return torch.from_numpy(masks)
+
+
+class _Patch(NamedTuple):
+    """Part of an image outside which a mask is empty: its first column and row, bool (h, w)."""
+
+    x: int
+    y: int
+    mask: np.ndarray
 
 
 def _check(probabilities: Tensor, boxes: Tensor) -> None:
@@ -230,50 +253,92 @@ def _limits(boxes: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor
     return torch.minimum(limits.clamp(min=0), highest).long()
 
 
-def _cells(pixels: Tensor, first: Tensor, last: Tensor, cells: int, align: bool) -> Tensor:
-    """Where pixels' centres lie, in cells from the centre of the first one.
+def _mapping(boxes: Tensor, cells: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """From pixels to cells, for x and y: float64 (N, 2) each of `scale` and `shift`.
 
-    Args:
-        pixels: indices of pixels along an axis.
-        first, last: the window's ends on that axis, float64, broadcast with `pixels`.
-        cells: m.
-        align: corner-aligned.
+    The centre of pixel p lies ``p * scale + shift`` cells from the centre of the first cell.
     """
-    side = last - first
-    if not align:
-        return (pixels + 0.5 - first) / side * cells - 0.5
+    first, sides = boxes[:, :2].double(), boxes[:, 2:].double() - boxes[:, :2].double()
+    if not align_corners:
+        scale = cells / sides
+        return scale, (0.5 - first) * scale - 0.5
     # As interpolate: a window of one pixel shows the first cell.
-    step = torch.where(side > 1, (cells - 1) / (side - 1).clamp(min=1e-6), torch.zeros_like(side))
-    return ((pixels - first) * step).clamp(0, cells - 1)
+    scale = torch.where(sides > 1, (cells - 1) / (sides - 1), 0.0)
+    return scale, -first * scale
 
 
-def _paste_on_cpu(
+def _paste_patches(
     probabilities: Tensor,
     boxes: Tensor,
     size: tuple[int, int],
     threshold: float,
     align_corners: bool,
-) -> Tensor:
-    """Bilinear interpolation is a product of three matrices: rows, probabilities, columns."""
-    count, cells = probabilities.shape[:2]
-    masks = np.zeros((count, *size), dtype=bool)
-    limits = _limits(boxes, size, align_corners).tolist()
+) -> Iterator[_Patch]:
+    """The masks one by one, on the CPU, interpolated along one axis after the other.
+
+    An interpolated value is no higher than the cells around it, so that only pixels around cells of
+    at least the threshold are looked at.
+    """
+    cells = probabilities.shape[1]
     soft = probabilities.float().numpy()
-    grid = torch.arange(cells, dtype=torch.float64)
-    for n, (x0, y0, x1, y1) in enumerate(limits):
-        if x0 >= x1 or y0 >= y1:
-            continue
-        weights = []
-        for axis, (start, stop) in enumerate(((x0, x1), (y0, y1))):
-            first, last = boxes[n, axis].double(), boxes[n, axis + 2].double()
-            places = _cells(torch.arange(start, stop), first, last, cells, align_corners)
-            hats = (1 - (places[:, None] - grid).abs()).clamp(min=0)
-            weights.append(hats.float().numpy())
-        columns, rows = weights
-        np.greater_equal(
-            rows @ soft[n] @ columns.T, np.float32(threshold), out=masks[n, y0:y1, x0:x1]
-        )
-    return torch.from_numpy(masks)
+    limit = np.float32(threshold)
+    probable = soft >= limit
+    by_axis = (probable.any(axis=1), probable.any(axis=2))  # columns, rows
+    limits = _limits(boxes, size, align_corners).tolist()
+    scale, shift = (x.tolist() for x in _mapping(boxes, cells, align_corners))
+    lowest, highest = (0, cells - 1) if align_corners else (-1, cells)
+    for n in range(len(soft)):
+        starts, places = [], []
+        for axis in (0, 1):
+            start, stop = limits[n][axis], limits[n][axis + 2]
+            place = np.arange(start, stop) * scale[n][axis] + shift[n][axis]
+            place = place.clip(lowest, highest)
+            occupied = by_axis[axis][n].nonzero()[0]
+            first, last = (occupied[0], occupied[-1]) if len(occupied) else (cells, -1)
+            begin = int(place.searchsorted(first - 1, side="right"))
+            end = int(place.searchsorted(last + 1, side="left"))
+            starts.append(start + begin)
+            places.append(place[begin:end])
+        x, y = places
+        values = _interpolate_rows(_interpolate_rows(soft[n].T, x).T, y)
+        yield _Patch(*starts, values >= limit)
+
+
+def _interpolate_rows(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """float32 (k, n) at `places` (p,), in rows, those outside being zeros: (p, n)."""
+    rows = np.zeros((len(values) + 2, values.shape[1]), dtype=np.float32)
+    rows[1:-1] = values
+    index = np.minimum((places + 1).astype(np.intp), len(values))
+    result = np.diff(rows, axis=0)[index]
+    result *= (places + 1 - index).astype(np.float32)[:, None]
+    result += rows[index]
+    return result
+
+
+def _bounds_of(patch: _Patch) -> list[float]:
+    """Tight box of a mask; zeros if it is empty."""
+    columns, rows = (patch.mask.any(axis=axis).nonzero()[0] for axis in (0, 1))
+    if not len(rows):
+        return [0.0] * 4
+    x, y = patch.x, patch.y
+    return [float(v) for v in (x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1)]
+
+
+def _encode(patch: _Patch, size: tuple[int, int]) -> RLE:
+    """The runs are found in the patch alone; pycocotools would go through the image."""
+    height, width = size
+    columns = np.zeros((patch.mask.shape[1], patch.mask.shape[0] + 2), dtype=bool)
+    columns[:, 1:-1] = patch.mask.T
+    x, y = (columns[:, 1:] != columns[:, :-1]).nonzero()
+    edges = (patch.x + x) * height + patch.y + y  # where runs of ones begin and end, in turns
+    # A run that reaches the image's bottom goes on where the next column begins with one.
+    touching = (edges[1:-1:2] == edges[2::2]).repeat(2)
+    edges = edges[np.concatenate([[True], ~touching, [True]])] if len(edges) else edges
+    ends = np.concatenate([[0], edges, [height * width]])
+    runs = np.diff(ends).tolist()
+    if len(edges) and not runs[-1]:
+        runs.pop()
+    return mask_util.frPyObjects({"size": [height, width], "counts": runs}, height, width)
 
 
 def _paste_batch(
@@ -283,14 +348,15 @@ def _paste_batch(
     threshold: float,
     align_corners: bool,
 ) -> Tensor:
-    """All masks over the whole image at once, for GPUs."""
+    """All masks over the whole image at once, for GPUs: bool (N, H, W)."""
     cells = probabilities.shape[1]
     limits = _limits(boxes, size, align_corners)
+    scale, shift = _mapping(boxes, cells, align_corners)
     axes, inside = [], []
     for axis, length in enumerate((size[1], size[0])):
         pixels = torch.arange(length, device=boxes.device)
-        first, last = (boxes[:, i, None].double() for i in (axis, axis + 2))
-        places = _cells(pixels, first, last, cells, align_corners)
+        places = pixels * scale[:, axis, None] + shift[:, axis, None]
+        places = places.clamp(0, cells - 1) if align_corners else places
         axes.append(((2 * places + 1) / cells - 1).float())  # what grid_sample takes
         inside.append((pixels >= limits[:, axis, None]) & (pixels < limits[:, axis + 2, None]))
     (x, y), (in_x, in_y) = axes, inside
