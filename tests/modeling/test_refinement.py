@@ -1,10 +1,11 @@
-"""SharpMask's refinement against a transcription of its definition, on patches and in windows."""
+"""SharpMask's refinement against a transcription of its definition; the stem's map."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model, build_resnet_backbone
+from detectron2.modeling.backbone.resnet import BasicStem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -60,19 +61,18 @@ def maps_of(channels, height, width, batch=1):
 
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
 @pytest.mark.parametrize("pad_mode", NUMPY_PADDING)
-@pytest.mark.parametrize("context", [0, 2])
-def test_patches(pad_mode, upsample, context):
+def test_maps_of_one_window(pad_mode, upsample):
     model = small(upsample=upsample, pad_mode=pad_mode)
-    maps = maps_of((5, 4, 3), 3 + context, 3 + context, batch=2)
+    maps = maps_of((5, 4, 3), 3, 3, batch=2)
     vectors = torch.randn(2, 6, dtype=torch.float64)
-    found = model.patches(vectors, maps)
+    locations = torch.tensor([[0, 0, 0], [1, 0, 0]])
+    found = model.windows(vectors, model.laterals(maps), locations)
     assert found.shape == (2, 24, 24) == (2, model.out_size, model.out_size)
     for i in range(2):
-        laterals = []
-        for n, (step, features) in enumerate(zip(model.steps, maps, strict=True)):
-            edge = context // 2 * 2**n
-            inner = features[i : i + 1, :, edge : edge + 3 * 2**n, edge : edge + 3 * 2**n]
-            laterals.append(across(step, inner, pad_mode)[0])
+        laterals = [
+            across(step, x[i : i + 1], pad_mode)[0]
+            for step, x in zip(model.steps, maps, strict=True)
+        ]
         expected = downwards(model, vectors[i], laterals, pad_mode, upsample)
         torch.testing.assert_close(found[i], expected)
 
@@ -109,26 +109,13 @@ def test_windows(height, width, chunk, seed):
         torch.testing.assert_close(mask, expected)
 
 
-@pytest.mark.parametrize("pad_mode", NUMPY_PADDING)
-def test_both_ways_agree_where_the_map_is_one_window(pad_mode):
-    model = small(pad_mode=pad_mode)
-    maps = maps_of((5, 4, 3), 3, 3, batch=2)
-    vectors = torch.randn(2, 6, dtype=torch.float64)
-    locations = torch.tensor([[0, 0, 0], [1, 0, 0]])
-    found = model.windows(vectors, model.laterals(maps), locations)
-    torch.testing.assert_close(found, model.patches(vectors, maps))
-
-
-def test_no_windows_and_no_patches():
+def test_no_windows():
     model = small()
-    maps = maps_of((5, 4, 3), 4, 5)
-    none = torch.zeros(0, 6, dtype=torch.float64)
-    found = model.windows(none, model.laterals(maps), torch.zeros(0, 3, dtype=torch.int64))
+    laterals = model.laterals(maps_of((5, 4, 3), 4, 5))
+    vectors = torch.zeros(0, 6, dtype=torch.float64)
+    found = model.windows(vectors, laterals, torch.zeros(0, 3, dtype=torch.int64))
     assert found.shape == (0, 24, 24)
-    masks = model.patches(
-        none, [features[:0, :, 1:-1, 1:-1] for features in maps_of((5, 4, 3), 5, 5)]
-    )
-    masks.sum().backward()
+    found.sum().backward()
     # Every rank of a distributed training must have a gradient for every weight.
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
@@ -167,13 +154,6 @@ def test_widths():
         step_widths(8, 4)
 
 
-@pytest.mark.parametrize("sizes", [(3, 5, 12), (2, 6, 12), (4, 6, 12)])
-def test_maps_that_do_not_lie_around_the_window(sizes):
-    maps = [torch.zeros(1, C, s, s).double() for C, s in zip((5, 4, 3), sizes, strict=True)]
-    with pytest.raises(ValueError, match=r"trunk map [12] of a patch has"):
-        small().patches(torch.zeros(1, 6).double(), maps)
-
-
 def test_maps_that_do_not_double():
     maps = maps_of((5, 4, 3), 4, 5)
     maps[1] = maps[1][:, :, :-1]
@@ -192,25 +172,34 @@ def resnet(*features):
     return build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
 
 
+class CarefulStem(BasicStem):
+    """Detectron2's stem with a ReLU that is not in place."""
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv1(x)), kernel_size=3, stride=2, padding=1)
+
+
+@pytest.mark.parametrize("stem", [BasicStem, CarefulStem])
 @pytest.mark.parametrize("listed", [("res3", "res2"), ("res3", "res2", "stem")])
-def test_stem_is_the_first_convolution_after_its_relu(listed):
+def test_stem_is_the_first_convolution_after_its_relu(listed, stem):
     backbone = resnet(*listed)
+    backbone.stem.__class__ = stem
     nn.init.normal_(backbone.stem.conv1.norm.bias)
-    names = list(backbone.state_dict())
-    shapes = shapes_with_stem(backbone, ("res3", "res2", "stem"), "KEY")
+    before = list(backbone.state_dict())
+    names = ("res3", "res2", "stem")
+    shapes = shapes_with_stem(backbone, names, "KEY")
     assert [(s.channels, s.stride) for s in shapes] == [(128, 8), (64, 4), (64, 2)]
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        found = maps_with_stem(backbone, images, ("res3", "res2", "stem"))
+        found = maps_with_stem(backbone, images, names)
         first = backbone.stem.conv1
         by_hand = F.conv2d(images, first.weight, stride=2, padding=3)
         by_hand = first.norm(by_hand).clamp(min=0)
-        pooled = F.max_pool2d(by_hand, 3, 2, 1)
-        below = backbone.res2(pooled)
-    assert found[2].shape == (2, 64, 32, 48)
-    for ours, expected in zip(found, (backbone.res3(below), below, by_hand), strict=True):
-        torch.testing.assert_close(ours, expected)
-    assert list(backbone.state_dict()) == names
+        below = backbone.res2(F.max_pool2d(by_hand, 3, 2, 1))
+    assert found["stem"].shape == (2, 64, 32, 48)
+    for name, expected in zip(names, (backbone.res3(below), below, by_hand), strict=True):
+        torch.testing.assert_close(found[name], expected)
+    assert list(backbone.state_dict()) == before
     assert not backbone.stem.conv1._forward_hooks
 
 
@@ -218,7 +207,7 @@ def test_stem_gives_gradients():
     """The stem's own ReLU is in place: what is kept must not be what it overwrites."""
     backbone = resnet("res2")
     maps = maps_with_stem(backbone, torch.randn(1, 3, 32, 32), ("res2", "stem"))
-    sum(x.square().sum() for x in maps).backward()
+    sum(x.square().sum() for x in maps.values()).backward()
     assert backbone.stem.conv1.weight.grad.abs().sum() > 0
 
 
@@ -226,8 +215,8 @@ def test_maps_without_the_stem():
     backbone = resnet("res3", "res2")
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        (found,) = maps_with_stem(backbone, images, ("res2",))
-        torch.testing.assert_close(found, backbone(images)["res2"])
+        found = maps_with_stem(backbone, images, ("res2",))
+        torch.testing.assert_close(found, backbone(images))
 
 
 def test_a_map_that_the_backbone_lacks():

@@ -23,6 +23,7 @@ from unseg.modeling.meta_arch import (
     FreeSOLO,
     InstanceFCN,
     MaskDiscovery,
+    SharpMask,
 )
 from unseg.modeling.proposals.generator import InstanceFCNProposalGenerator
 from unseg.modeling.roi_heads import ExemplarROIHeads
@@ -42,6 +43,7 @@ __all__ = [
     "InstanceFCN",
     "InstanceFCNProposalGenerator",
     "MaskDiscovery",
+    "SharpMask",
     "build_dino_vit_backbone",
     "build_filter_bank_backbone",
     "build_vgg_backbone",

@@ -37,7 +37,7 @@ def shapes_with_stem(backbone: Backbone, names: Sequence[str], key: str) -> list
     return [shapes[name] for name in names]
 
 
-def maps_with_stem(backbone: Backbone, images: Tensor, names: Sequence[str]) -> list[Tensor]:
+def maps_with_stem(backbone: Backbone, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """A backbone's maps, with "stem" the first convolution after its norm and ReLU.
 
     Detectron2's own "stem" comes after the max pool, at stride 4; this one has stride 2.
@@ -45,21 +45,19 @@ def maps_with_stem(backbone: Backbone, images: Tensor, names: Sequence[str]) -> 
     Args:
         backbone: as checked by :func:`shapes_with_stem`.
         images: (B, 3, H, W).
-        names: of maps.
+        names: of the maps that are wanted.
 
     Returns:
-        per name (B, C, h, w).
+        by name (B, C, h, w), others of the backbone's among them.
     """
     if STEM not in names:
-        maps = backbone(images)
-        return [maps[name] for name in names]
+        return backbone(images)
     found: dict[str, Tensor] = {}
-    # The stem's forward has no other place where it would let it go. Its own ReLU is in place.
+    # The stem's forward has no other place where it would let it go.
     handle = backbone.stem.conv1.register_forward_hook(
         lambda _, args, output: found.update({STEM: F.relu(output)})
     )
     try:
-        maps = {**backbone(images), **found}
+        return {**backbone(images), **found}
     finally:
         handle.remove()
-    return [maps[name] for name in names]

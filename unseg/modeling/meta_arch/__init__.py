@@ -6,6 +6,7 @@ from unseg.modeling.meta_arch.exemplar_freesolo import ExemplarFreeSOLO
 from unseg.modeling.meta_arch.freesolo import FreeSOLO
 from unseg.modeling.meta_arch.instance_fcn import InstanceFCN
 from unseg.modeling.meta_arch.mask_discovery import MaskDiscovery
+from unseg.modeling.meta_arch.sharpmask import SharpMask
 
 __all__ = [
     "DeepMask",
@@ -14,4 +15,5 @@ __all__ = [
     "FreeSOLO",
     "InstanceFCN",
     "MaskDiscovery",
+    "SharpMask",
 ]

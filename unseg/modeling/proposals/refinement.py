@@ -4,7 +4,7 @@ Pinheiro et al., "Learning to refine object segments" (ECCV 2016), sections 2 an
 the horizontal path's width as released. A mask encoding M1 is doubled in size at each step, with
 what a finer map of the trunk knows about edges added.
 
-Legend: B images, N windows or patches, E size of the vectors, C channels of a trunk map, c side in
+Legend: B images or patches, N windows, E size of the vectors, C channels of a trunk map, c side in
 cells of a window on the coarsest map, S steps (n = 1 ... S), f = 2^(n-1), q = c f side of a window
 at step n, k channels of the mask encoding at step n, h w cells of a map, m = c 2^S side of a mask.
 """
@@ -87,13 +87,13 @@ class RefinementStep(nn.Module):
 
 
 class Refinement(nn.Module):
-    """The whole top-down path, run on training patches or on the windows of whole images.
+    """The whole top-down path: :meth:`laterals` once per batch, :meth:`windows` for chosen ones.
 
-    The same weights see other borders in the two. On patches the trunk maps are cropped first, as
-    released, so that the horizontal path's convolutions pad at the window's border. On whole
-    images they run once over the map and pad at its border only: in the three outermost cells of
-    a window, at every step, they see its neighbours. The vertical path pads at the window's border
-    in both. The two agree exactly where the map is one window.
+    It runs in the same way on whole images and on training patches, whose maps are cropped to one
+    window before (as released). But the same weights see other borders in the two: in a patch the
+    horizontal path pads at the window's border, in an image it sees the window's neighbours there
+    and pads at the image's. That is three cells wide at every step. The vertical path pads at the
+    window's border in both.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Refinement(nn.Module):
                 (as released).
             upsample: "nearest" (released) or "bilinear" (paper).
             pad_mode: "zeros", "symmetric" (released in Lua) or "port" (reflect).
-            chunk: windows of whole images that are refined at a time.
+            chunk: windows that are refined at a time.
 
         Raises:
             ValueError: one of them has no such value; the message names the config's key.
@@ -157,35 +157,8 @@ class Refinement(nn.Module):
             encoding = step(encoding, lateral)
         return self.predict(encoding)[:, 0]
 
-    def patches(self, vectors: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """Masks of patches that were run through the trunk one by one.
-
-        Args:
-            vectors: (N, E).
-            maps: per step (N, C, q + r, q + r), where r >= 0 is even: the context, of which half
-                is cropped at each side.
-
-        Returns:
-            (N, m, m) logits.
-
-        Raises:
-            ValueError: a map is smaller than the window, or lies not symmetrically around it.
-        """
-        laterals = []
-        for n, (step, features) in enumerate(zip(self.steps, maps, strict=True)):
-            side = self.cells * 2**n
-            margins = [size - side for size in features.shape[-2:]]
-            if min(margins) < 0 or any(margin % 2 for margin in margins):
-                raise ValueError(
-                    f"trunk map {n + 1} of a patch has {tuple(features.shape[-2:])} cells: "
-                    f"{side} and an even number around them are needed"
-                )
-            top, left = (margin // 2 for margin in margins)
-            laterals.append(step.horizontal(features[..., top : top + side, left : left + side]))
-        return self._refine(vectors, laterals)
-
     def laterals(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The horizontal paths over whole images, once.
+        """What the horizontal paths make of the trunk's maps.
 
         Args:
             maps: per step (B, C, h, w), each next one with twice the cells of the one before.
@@ -207,7 +180,7 @@ class Refinement(nn.Module):
         return [step.horizontal(x) for step, x in zip(self.steps, maps, strict=True)]
 
     def windows(self, vectors: Tensor, laterals: Sequence[Tensor], locations: Tensor) -> Tensor:
-        """Masks of windows of whole images.
+        """Masks of windows.
 
         Args:
             vectors: (N, E).
