@@ -1,6 +1,7 @@
 """Fixtures that several tests share."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -47,3 +48,15 @@ def register():
     for name in names:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def restored_loggers():
+    """The commands take these over for good; other tests read them."""
+    logging_of = [logging.getLogger(name) for name in ("detectron2", "fvcore", "unseg")]
+    kept = [(x, x.level, x.propagate, x.handlers.copy()) for x in logging_of]
+    yield
+    for logger, level, propagate, handlers in kept:
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.handlers[:] = handlers

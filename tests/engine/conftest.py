@@ -1,7 +1,5 @@
 """Fixtures of the tests of training."""
 
-import logging
-
 import pytest
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -26,18 +24,6 @@ SELF_TRAINING = QUICK | {
     "SELF_TRAINING.MAX_MASKS_PER_IMAGE": 5,
     "VIS_PERIOD": 0,
 }
-
-
-@pytest.fixture
-def restored_loggers():
-    """The commands take these over for good; other tests read them."""
-    logging_of = [logging.getLogger(name) for name in ("detectron2", "fvcore", "unseg")]
-    kept = [(x, x.level, x.propagate, x.handlers.copy()) for x in logging_of]
-    yield
-    for logger, level, propagate, handlers in kept:
-        logger.setLevel(level)
-        logger.propagate = propagate
-        logger.handlers[:] = handlers
 
 
 @pytest.fixture

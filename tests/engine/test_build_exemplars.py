@@ -16,9 +16,9 @@ from unseg.data.image import ImageReadError
 from unseg.discovery import ExemplarError, load_exemplar_pool
 from unseg.engine import build_exemplars
 from unseg.engine.build_exemplars import _ImageEncoder, mask_warnings
+from unseg.engine.dataset_job import ImageLoader, ImageSource
 from unseg.engine.exemplar_job import ExemplarMaker, floats_from_text
 from unseg.engine.exemplar_plan import plan_folder, plan_medoids, plan_random
-from unseg.engine.dataset_job import ImageLoader, ImageSource
 from unseg.structures import ImageRecord
 
 BUILD = "MODEL.EXEMPLAR.BUILD."

@@ -1,7 +1,6 @@
 """python -m unseg.tools.build_exemplars, as users run it."""
 
 import inspect
-import logging
 import subprocess
 import sys
 
@@ -33,18 +32,6 @@ NARROW = {
     "INPUT.MIN_SIZE_TEST": 64,
 }
 CONFIG = "projects/FreeSOLO/configs/freesolo_tiny.yaml"
-
-
-@pytest.fixture
-def restored_loggers():
-    """The command takes these over for good; other tests read them."""
-    logging_of = [logging.getLogger(name) for name in ("fvcore", "unseg")]
-    kept = [(x, x.level, x.propagate, x.handlers.copy()) for x in logging_of]
-    yield
-    for logger, level, propagate, handlers in kept:
-        logger.setLevel(level)
-        logger.propagate = propagate
-        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,12 @@
 """Training, evaluation and dataset-wide work."""
 
 from unseg.engine.build_exemplars import build_exemplars
-from unseg.engine.find_masks import find_masks, find_masks_parser
+from unseg.engine.dataset_job import ImageSource, images_in_folder, images_of_dataset
+from unseg.engine.find_masks import find_masks, find_masks_parser, launch_job
 from unseg.engine.main import main
 from unseg.engine.optimizer import build_optimizer
-from unseg.engine.pseudo_masks import (
-    ImageSource,
-    PseudoMaskJob,
-    images_in_folder,
-    images_of_dataset,
-)
+from unseg.engine.proposal_files import ProposalFilesJob, export_proposals
+from unseg.engine.pseudo_masks import PseudoMaskJob
 from unseg.engine.self_training import (
     SelfTrainingError,
     SelfTrainingOptions,
@@ -21,6 +18,7 @@ from unseg.engine.trainer import Trainer
 
 __all__ = [
     "ImageSource",
+    "ProposalFilesJob",
     "PseudoMaskJob",
     "SelfTrainingError",
     "SelfTrainingOptions",
@@ -30,10 +28,12 @@ __all__ = [
     "WorkDir",
     "build_exemplars",
     "build_optimizer",
+    "export_proposals",
     "find_masks",
     "find_masks_parser",
     "images_in_folder",
     "images_of_dataset",
+    "launch_job",
     "main",
     "self_train",
     "sharded_map",
