@@ -18,6 +18,7 @@ from pycocotools import mask as mask_util
 
 from unseg.data.datasets import register_builtin_datasets
 from unseg.data.datasets.builtin import builtin_datasets
+from unseg.evaluation.coco_records import dataset_ground_truth
 
 HEIGHT, WIDTH = 40, 60
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
@@ -86,6 +87,26 @@ def test_files_in_coco_form(root, name, file, images):
     assert metadata.evaluator_type == "coco_class_agnostic"
     # Detectron2's COCOEvaluator would take a json_file's categories for ours.
     assert metadata.get("json_file") is None
+
+
+def test_the_first_images_of_a_file(root):
+    """COCO val2014's first 5000 by image id, whatever their order in the file."""
+    image = {"height": HEIGHT, "width": WIDTH}
+    ids = np.random.default_rng(0).permutation(np.arange(1, 5301) * 3).tolist()
+    content = coco_content()
+    content["images"] = [image | {"id": n, "file_name": f"{n}.jpg"} for n in ids]
+    inside, outside = (content["annotations"][0] | {"image_id": 3 * n} for n in (5000, 5001))
+    content["annotations"] = [outside | {"id": 1}, inside | {"id": 2}]
+    write_json(root / "coco/annotations/instances_val2014.json", content)
+    name = "unseg_coco_2014_val_first5k_cls_agnostic"
+    records = DatasetCatalog.get(name)
+    assert [r["image_id"] for r in records] == [3 * n for n in range(1, 5001)]
+    assert records[0]["file_name"] == str(root / "coco/val2014/3.jpg")
+    assert [len(r["annotations"]) for r in records] == [0] * 4999 + [1]
+    # The rest is not ground truth either.
+    truth, _ = dataset_ground_truth(name)
+    assert len(truth["images"]) == 5000
+    assert len(truth["annotations"]) == 1
 
 
 def test_lvis_images_are_named_by_url(root):

@@ -26,6 +26,7 @@ from unseg.data.image import ImageReadError
 from unseg.discovery import load_pseudo_masks
 from unseg.engine import PseudoMaskJob, images_in_folder, images_of_dataset
 from unseg.engine.find_masks import load_weights
+from unseg.structures import WindowMasks
 
 CONFIG = "projects/FreeSOLO/configs/free_masks_tiny.yaml"
 # large masks count here, and little time is spent
@@ -230,11 +231,30 @@ class Detector(nn.Module):
         return outputs
 
 
-def test_any_models_instances_become_pseudo_masks(folder, tmp_path):
+class WindowDetector(Detector):
+    """The same masks as windows, of which only pasted chunks may be in memory."""
+
+    def forward(self, inputs):
+        outputs = super().forward(inputs)
+        for output in outputs:
+            instances = output["instances"]
+            boxes = [[0.0, 0, 5, 5], [0, 0, 5, 9], [0, 0, 5, 5], [0, 0, 2, 2]]
+            soft = torch.ones(4, 2, 2)
+            soft[2] = 0
+            size = instances.image_size
+            masks = WindowMasks(soft, torch.tensor(boxes), size, align_corners=True)
+            assert torch.equal(masks.tensor, instances.pred_masks)
+            instances.remove("pred_masks")
+            instances.pred_masks = masks
+        return outputs
+
+
+@pytest.mark.parametrize("model", [Detector(), WindowDetector()], ids=["dense", "windows"])
+def test_any_models_instances_become_pseudo_masks(folder, tmp_path, model):
     cfg = load_config(CONFIG, [*OPTS, "DISCOVERY.SCORE_THRESHOLD", 0.5])
     job = PseudoMaskJob(cfg, images_in_folder(folder), tmp_path / "x.json")
     job.start(resume=False)
-    job.run(Detector())
+    job.run(model)
     statistics = job.collect_if_complete()
     for record in load_pseudo_masks(tmp_path / "x.json"):
         assert [m.area for m in record.masks] == [45, 25]

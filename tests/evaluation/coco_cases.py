@@ -6,13 +6,36 @@ import io
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from unseg.structures import WindowMasks
+
 # 80 classes with gaps in their ids, as in COCO.
 CATEGORIES = [{"id": i, "name": f"class {i}"} for i in range(1, 91) if i % 9]
 KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100", "ARs", "ARm", "ARl"]
+
+
+def windows_of(masks: torch.Tensor) -> WindowMasks:
+    """Rectangles (N, H, W) as windows that they fill, to the pixel."""
+    boxes = []
+    for mask in masks:
+        y, x = mask.nonzero(as_tuple=True)
+        boxes.append([int(v) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1)])
+    ones = torch.ones(len(masks), 2, 2)
+    return WindowMasks(ones, torch.tensor(boxes).float(), masks.shape[1:], align_corners=True)
+
+
+def refuse_to_paste_all(monkeypatch) -> None:
+    """Make WindowMasks raise where all masks of an image would be in memory at once."""
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("all masks are pasted at once")
+
+    monkeypatch.setattr(WindowMasks, "tensor", property(refuse))
+    monkeypatch.setattr(WindowMasks, "__array__", refuse)
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from coco_cases import official, random_case, uncompressed
+from coco_cases import official, random_case, refuse_to_paste_all, uncompressed, windows_of
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
@@ -148,6 +148,15 @@ def test_masks_may_be_tensors_bitmasks_or_encodings(register):
     for form in forms:
         got = run(evaluator, [perfect(pred_masks=form)], records)
         assert str(got) == str(expected)  # NaN is not equal to itself
+
+
+def test_masks_of_windows(register, monkeypatch):
+    records = [record(1)]
+    evaluator = ClassAgnosticCOCOEvaluator(register(records))
+    expected = run(evaluator, [perfect()], records)
+    windows = windows_of(rectangles()[0])
+    refuse_to_paste_all(monkeypatch)
+    assert str(run(evaluator, [perfect(pred_masks=windows)], records)) == str(expected)
 
 
 def test_masks_without_boxes(register):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from coco_cases import official_recall, random_case
+from coco_cases import official_recall, random_case, refuse_to_paste_all, windows_of
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ from unseg.config import get_cfg
 from unseg.evaluation import EVALUATORS, ProposalRecallEvaluator, build_evaluator
 from unseg.evaluation.recall import AUC_COUNTS
 from unseg.layers.packed_masks import pack_masks
-from unseg.structures import encode_masks
+from unseg.structures import WindowMasks, encode_masks
 
 SIZE = (128, 160)
 MASKS, BOXES = "segm_proposals", "box_proposals_coco"
@@ -193,6 +193,27 @@ def test_forms_of_masks(register):
         assert str(got) == expected
 
 
+def test_masks_of_windows(register, monkeypatch):
+    evaluator = ProposalRecallEvaluator(register(toy_dicts()), caps=(1, 10))
+    expected = str(run(evaluator, [({"image_id": 7}, output())]))
+    windows = windows_of(output()["instances"].pred_masks)
+    refuse_to_paste_all(monkeypatch)
+    found = output(pred_masks=windows)
+    assert str(run(evaluator, [({"image_id": 7}, found)])) == expected
+    with pytest.raises(ValueError, match=r"pred_masks are \(64, 64\)"):
+        small = WindowMasks(windows.probabilities, windows.boxes, (64, 64))
+        run(evaluator, [({"image_id": 7}, output(pred_masks=small))])
+
+
+def test_an_output_with_both_is_taken_once(register):
+    """As proposal methods give it; the instances, which here differ from the proposals."""
+    evaluator = ProposalRecallEvaluator(register(toy_dicts()), caps=(2, 1, 10))
+    both = box_proposals([(90, 90, 5, 5)] * 7) | output()
+    evaluator.process([{"image_id": 7}], [both])
+    assert {k: v.proposals for k, v in evaluator._matches.items()} == {7: len(PROPOSALS)}
+    assert evaluator.evaluate() == run(evaluator, [({"image_id": 7}, output())])
+
+
 def test_stock_proposals(register, caplog):
     """Boxes only: no masks are evaluated."""
     evaluator = ProposalRecallEvaluator(register(toy_dicts()), caps=(2,))
@@ -308,6 +329,51 @@ def test_bad_arguments(register):
         ProposalRecallEvaluator(name, tasks=("keypoints",))
     with pytest.raises(ValueError, match="caps must be"):
         ProposalRecallEvaluator(name, caps=(0,))
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (["TEST.DETECTIONS_PER_IMAGE", 100], "TEST.DETECTIONS_PER_IMAGE 100 is"),
+        (["TEST.DETECTIONS_PER_IMAGE", 1000], None),
+        (["TEST.DETECTIONS_PER_IMAGE", 100, "TEST.PROPOSALS.CAPS", (10, 100)], None),
+        (["TEST.DETECTIONS_PER_IMAGE", -1], None),  # no limit
+        (["MODEL.META_ARCHITECTURE", "DeepMask"], None),
+        (
+            ["MODEL.META_ARCHITECTURE", "SharpMask", "MODEL.DEEPMASK.TEST.TOPK", 500],
+            "MODEL.DEEPMASK.TEST.TOPK 500 is",
+        ),
+        (
+            ["MODEL.META_ARCHITECTURE", "InstanceFCN", "MODEL.INSTANCE_FCN.TEST.TOPK", 7],
+            "MODEL.INSTANCE_FCN.TEST.TOPK 7 is",
+        ),
+        (
+            ["MODEL.META_ARCHITECTURE", "ProposalNetwork", "MODEL.RPN.POST_NMS_TOPK_TEST", 300],
+            "MODEL.RPN.POST_NMS_TOPK_TEST 300 is",
+        ),
+    ],
+)
+def test_caps_of_the_config(register, caplog, options, key):
+    """With a warning if the model gives fewer proposals than are asked for."""
+    cfg = get_cfg()
+    cfg.merge_from_list(options)
+    evaluator = ProposalRecallEvaluator(cfg, register(toy_dicts()))
+    numbers = run(evaluator, [({"image_id": 7}, output())])[MASKS]
+    assert [k for k in numbers if k.startswith("AR@")] == [
+        f"AR@{cap}" for cap in cfg.TEST.PROPOSALS.CAPS
+    ]
+    warnings = [r.getMessage() for r in caplog.records if "TEST.PROPOSALS.CAPS" in r.getMessage()]
+    assert len(warnings) == (key is not None)
+    assert all(key in text for text in warnings)
+
+
+def test_bad_caps_of_the_config(register):
+    cfg = get_cfg()
+    name = register(toy_dicts())
+    for caps in ((), (0,)):
+        cfg.TEST.PROPOSALS.CAPS = caps
+        with pytest.raises(ValueError, match="caps must be"):
+            ProposalRecallEvaluator(cfg, name)
 
 
 def test_from_config_beside_the_other_evaluator(register):

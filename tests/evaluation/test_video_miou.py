@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from coco_cases import refuse_to_paste_all, windows_of
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
@@ -17,7 +18,7 @@ from unseg.data.datasets import register_builtin_datasets
 from unseg.evaluation import ClassAgnosticCOCOEvaluator, VideoMIoUEvaluator, build_evaluator
 from unseg.evaluation.video_miou import label_map
 from unseg.layers.packed_masks import pack_masks
-from unseg.structures import GridLabels, encode_masks
+from unseg.structures import GridLabels, WindowMasks, encode_masks
 
 SIZE = (48, 64)
 P = 8
@@ -161,14 +162,22 @@ def test_where_masks_overlap_the_higher_score_wins():
     np.testing.assert_array_equal(found, np.where(first, 1, np.where(third, 3, 2 * second)))
 
 
-def test_every_form_of_masks():
+def test_every_form_of_masks(monkeypatch):
     expected = label_map(instances(HALVES))
     dense = instances(HALVES).pred_masks
+    windows = windows_of(dense)
     for masks in (BitMasks(dense), pack_masks(dense), encode_masks(dense), dense.byte()):
         output = instances(HALVES)
         output.remove("pred_masks")
         output.pred_masks = masks
         np.testing.assert_array_equal(label_map(output), expected)
+    refuse_to_paste_all(monkeypatch)
+    output.pred_masks = windows
+    np.testing.assert_array_equal(label_map(output), expected)
+    output.remove("pred_masks")
+    output.pred_masks = WindowMasks(windows.probabilities, windows.boxes, (5, 5))
+    with pytest.raises(ValueError, match=r"pred_masks are \(5, 5\)"):
+        label_map(output)
     empty = instances([])
     empty.remove("pred_masks")
     empty.pred_masks = []

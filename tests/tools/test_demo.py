@@ -11,6 +11,7 @@ from PIL import Image
 
 from unseg.config import load_config
 from unseg.demo import Predictor, draw_prediction, expand_inputs, output_files, output_names
+from unseg.structures import WindowMasks
 
 CONFIG = "projects/FreeSOLO/configs/free_masks_tiny.yaml"
 
@@ -71,6 +72,18 @@ def test_boxes_of_models_without_masks():
     assert changed[20:30, 49:51].any(1).all()
     assert not changed[12:18, 29:31].any()  # the other box
     np.testing.assert_array_equal(draw_prediction(rgb, instances, 2.0), rgb)
+
+
+def test_masks_of_windows_are_drawn_like_others():
+    rgb = np.full((40, 60, 3), 100, dtype=np.uint8)
+    boxes = torch.tensor([[10.0, 5, 50, 35], [20.0, 10, 30, 20]])
+    masks = WindowMasks(torch.ones(2, 3, 3), boxes, (40, 60))
+    pictures = []
+    for form in (masks, masks.tensor):
+        instances = Instances((40, 60), pred_masks=form, scores=torch.tensor([0.9, 0.8]))
+        pictures.append(draw_prediction(rgb, instances, 0.5))
+    np.testing.assert_array_equal(*pictures)
+    assert (pictures[0] != rgb).any(2)[8:30, 15:45].all()
 
 
 def test_expand_inputs(tmp_path):
