@@ -13,7 +13,7 @@ from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from unseg.modeling.proposals.instance_fcn_head import InstanceFCNHead, LevelMaps
+from unseg.modeling.proposals.instance_fcn_head import InstanceFCNHead, LevelMaps, RankedWindows
 from unseg.modeling.proposals.outputs import ProposalSettings, make_proposals
 from unseg.structures import WindowMasks
 
@@ -76,6 +76,8 @@ class InstanceFCNProposalGenerator(nn.Module):
 
         Raises:
             ValueError: in training there are no objects given, or they have no masks.
+            FloatingPointError: in training a score or mask is not finite. In testing its window is
+                left out.
         """
         maps = self.head(features)
         losses: dict[str, Tensor] = {}
@@ -95,6 +97,12 @@ class InstanceFCNProposalGenerator(nn.Module):
         found = self.head.ranked_windows(maps, image_sizes, self.pre_nms_topk)
         results = []
         for size, windows in zip(image_sizes, found, strict=True):
+            finite = windows.scores.isfinite() & windows.masks.isfinite().flatten(1).all(dim=1)
+            if self.training and not finite.all():
+                raise FloatingPointError(
+                    "InstanceFCN's scores or masks are not finite. Training has diverged."
+                )
+            windows = RankedWindows(*(x[finite] for x in windows))
             masks = WindowMasks(windows.masks, windows.boxes, size, self.proposals.mask_threshold)
             proposals = make_proposals(masks, windows.scores, self.proposals)
             # ROI heads add ground truth, which has no such field.
