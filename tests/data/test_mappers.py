@@ -116,6 +116,45 @@ def test_images_without_objects(record):
     assert instances.gt_boxes.tensor.shape == (0, 4)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_crowds_are_kept_if_wanted_and_follow_the_image(record, seed):
+    crowd, other = record["annotations"][1], copy.deepcopy(record["annotations"][1])
+    crowd["segmentation"] = rle(10, 30, 5, 25)
+    other["segmentation"] = [[40, 20, 60, 20, 60, 40, 40, 40]]
+    record["annotations"].append(other)
+    before = copy.deepcopy(record)
+    cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=(40,))
+    plain = build_mapper(cfg, True)
+    cfg.INPUT.KEEP_CROWDS = True
+    keeping = build_mapper(cfg, True)
+    with isolated_rng(seed):
+        without = plain(record)
+    with isolated_rng(seed):
+        mapped = keeping(record)
+    assert record == before
+    assert "crowd_masks" not in without
+    assert torch.equal(mapped["instances"].gt_masks.tensor, without["instances"].gt_masks.tensor)
+    # The first object tells whether the image was flipped.
+    flipped = bool(mapped["instances"].gt_boxes.tensor[0, 0] != 10)
+    masks = mapped["crowd_masks"].tensor
+    expected = torch.zeros((2, *SIZE), dtype=torch.bool)
+    expected[0, 10:30, 5:25] = expected[1, 20:40, 40:60] = True
+    assert torch.equal(masks, expected.flip(2) if flipped else expected)
+    assert "crowd_masks" not in build_mapper(cfg, False)(record)
+
+
+def test_crowds_out_of_view_and_without_masks(record):
+    cfg = make_cfg(INPUT__KEEP_CROWDS=True, INPUT__MIN_SIZE_TRAIN=(40,))
+    crowd = record["annotations"][1]
+    crowd["segmentation"] = rle(0, 0, 0, 0)
+    for annotations in (record["annotations"], record["annotations"][1:2], []):
+        masks = build_mapper(cfg, True)(record | {"annotations": annotations})["crowd_masks"]
+        assert tuple(masks.tensor.shape) == (0, *SIZE)
+    del crowd["segmentation"]
+    with pytest.raises(ValueError, match=r"a\.png: a crowd has no 'segmentation'"):
+        build_mapper(cfg, True)(record)
+
+
 def test_boxes_alone(record):
     for annotation in record["annotations"]:
         del annotation["segmentation"]
