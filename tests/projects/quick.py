@@ -1,9 +1,12 @@
 """What makes any config of this repository run in seconds."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.structures import BoxMode
 
 from unseg.config import load_config
 from unseg.discovery import save_exemplar_pool
@@ -44,6 +47,24 @@ QUICK = {
     "MODEL.FREESOLO.SCORE_THR": 0.001,
     "MODEL.FREESOLO.UPDATE_THR": 0.0,
 }
+# DeepMask and SharpMask: patches of 64 pixels, narrow heads. The data have other categories.
+QUICK_DEEPMASK = {
+    "MODEL.DEEPMASK.INPUT_SIZE": 64,
+    "MODEL.DEEPMASK.OUT_SIZE": 14,
+    "MODEL.DEEPMASK.GT_SIZE": 64,
+    "MODEL.DEEPMASK.EMBED_DIM": 32,
+    "MODEL.DEEPMASK.REDUCE_DIM": 16,
+    "MODEL.DEEPMASK.SCORE_HIDDEN": 32,
+    "MODEL.DEEPMASK.DATA.PATCHES_PER_IMAGE": 2,
+    "MODEL.DEEPMASK.DATA.CATEGORY_SUBSET": (),
+    "MODEL.DEEPMASK.TEST.TOPK": 20,
+}
+QUICK_INSTANCE_FCN = {
+    "MODEL.INSTANCE_FCN.HIDDEN": 16,
+    "MODEL.INSTANCE_FCN.WINDOWS_PER_IMAGE": 16,
+    "MODEL.INSTANCE_FCN.TEST.PRE_NMS_TOPK": 20,
+    "MODEL.INSTANCE_FCN.TEST.TOPK": 20,
+}
 # Instead of ResNets of any depth: the configs that need it are built whole by a test of their own.
 SHALLOW = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
 
@@ -65,6 +86,20 @@ def write_pool(folder: Path) -> None:
     save_exemplar_pool(folder / POOL_FILE, ExemplarPool(tuple(exemplars)))
 
 
+def write_proposals(folder: Path) -> None:
+    """Precomputed proposals of the quick data sets, for :func:`quick_overrides` of a folder."""
+    for name in ("quick_train", "quick_val"):
+        ids = [x["image_id"] for x in DatasetCatalog.get(name)]
+        boxes = np.array([[10, 10, 60, 60], [30, 40, 120, 140]], dtype=np.float32)
+        content = {
+            "ids": ids,
+            "boxes": [boxes] * len(ids),
+            "objectness_logits": [np.array([1.0, 0.0], dtype=np.float32)] * len(ids),
+            "bbox_mode": BoxMode.XYXY_ABS,
+        }
+        (folder / f"{name}.pkl").write_bytes(pickle.dumps(content))
+
+
 def words(overrides: dict) -> list:
     """KEY VALUE ... as for load_config."""
     return [x for item in overrides.items() for x in item]
@@ -76,8 +111,17 @@ def quick_overrides(path: Path, output: Path) -> dict:
     cfg = load_config(str(path))
     if "SyncBN" in (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM):  # needs a GPU
         overrides |= {"MODEL.RESNETS.NORM": "BN", "MODEL.FPN.NORM": "BN"}
-    if cfg.MODEL.META_ARCHITECTURE in ("FreeSOLO", "ExemplarFreeSOLO"):
+    if cfg.MODEL.META_ARCHITECTURE in ("FreeSOLO", "ExemplarFreeSOLO", "DeepMask", "SharpMask"):
         overrides |= SHALLOW
+    if cfg.MODEL.META_ARCHITECTURE in ("DeepMask", "SharpMask"):
+        overrides |= QUICK_DEEPMASK
+    if "InstanceFCN" in cfg.MODEL.META_ARCHITECTURE + cfg.MODEL.PROPOSAL_GENERATOR.NAME:
+        overrides |= QUICK_INSTANCE_FCN
+        if cfg.MODEL.INSTANCE_FCN.TEST.SHORT_SIDES:
+            overrides["MODEL.INSTANCE_FCN.TEST.SHORT_SIDES"] = (64, 96)
+    if cfg.MODEL.LOAD_PROPOSALS:
+        overrides["DATASETS.PROPOSAL_FILES_TRAIN"] = (str(output / "quick_train.pkl"),)
+        overrides["DATASETS.PROPOSAL_FILES_TEST"] = (str(output / "quick_val.pkl"),)
     if cfg.MODEL.EXEMPLAR.POOL:
         overrides["MODEL.EXEMPLAR.POOL"] = str(output / POOL_FILE)
     return overrides

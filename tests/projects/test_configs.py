@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from quick import ROOT, quick_config, quick_overrides, words, write_pool
+from quick import ROOT, quick_config, quick_overrides, words, write_pool, write_proposals
 
 from unseg.config import load_config
 from unseg.data import register_datasets_in_config
@@ -19,6 +19,11 @@ EVALUATION_TASKS = {
     "freesolo_R_101_voc.yaml": {"bbox"},
     "exemplar_freesolo_R_101_uvo.yaml": {"bbox", "segm"},
     "exemplar_freesolo_R_101_voc.yaml": {"bbox"},
+    "deepmask20_star_R_50.yaml": {"segm_proposals", "box_proposals_coco"},
+}
+RESULTS = {
+    "ProposalRecallEvaluator": {"segm_proposals", "box_proposals_coco"},
+    "PatchMaskEvaluator": {"patches"},
 }
 # Depth: entries and millions of values in the state dicts of the released code's models.
 ARCHITECTURES = ("FreeSOLO", "ExemplarFreeSOLO")
@@ -28,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("quick_datasets")
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 36
-    assert len(BASES) >= 4
+    assert len(CONFIGS) >= 56
+    assert len(BASES) >= 6
     assert {path.name for path in CONFIGS} > EVALUATION_TASKS.keys()
 
 
@@ -43,6 +48,7 @@ def test_config_runs(path, tmp_path):
         run_evaluation(path, tmp_path, EVALUATION_TASKS[path.name])  # without a pool
     else:
         write_pool(tmp_path)
+        write_proposals(tmp_path)
         run_training(cfg, tmp_path)
 
 
@@ -52,7 +58,10 @@ def run_training(cfg, folder):
     trainer.train()
     assert trainer.iter == 2
     assert (folder / "model_final.pth").is_file()
-    assert set(trainer._last_eval_results) >= {"bbox", "segm"}
+    expected = {"bbox", "segm"} if cfg.MODEL.MASK_ON else {"bbox"}
+    if cfg.TEST.EVALUATORS:
+        expected = set().union(*(RESULTS[name] for name in cfg.TEST.EVALUATORS))
+    assert set(trainer._last_eval_results) >= expected
     if cfg.MODEL.EXEMPLAR.POOL:
         assert len(find_exemplar_head(trainer.model).pool_embeddings) == 2
         assert trainer._watch.losses["loss_exemplar"].isfinite()

@@ -1,6 +1,5 @@
 """LazyConfigs build the same models, data and schedules as the YAMLs of their name, and train."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import SimpleTrainer
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
-from detectron2.solver import LRMultiplier, build_lr_scheduler
 from detectron2.structures import BitMasks, Boxes, Instances
+from lazy_cases import assert_same_optimizer, modules, plain, settings
 from omegaconf import ListConfig
 from quick import ROOT, quick_config
 from torch import nn
@@ -20,12 +19,11 @@ from unseg.config import load_config
 from unseg.data import build_mapper
 from unseg.discovery import save_exemplar_pool
 from unseg.engine.exemplars import attach_exemplars
-from unseg.engine.optimizer import build_optimizer
 from unseg.structures import Exemplar, ExemplarPool
 
-# Each .py is the .yaml of its name. What is not trained has a test of its own.
+# Each .py is the .yaml of its name. Those of other models have tests of their own.
 CONFIGS = sorted(
-    path for path in (ROOT / "projects").glob("*/configs/*.py") if path.stem != "deep_spectral"
+    path for path in (ROOT / "projects").glob("*/configs/*.py") if "freesolo" in path.stem
 )
 # What QUICK and SHALLOW are for the YAMLs.
 QUICK = (
@@ -89,29 +87,6 @@ def quick(path, pool_file):
     # The blocks of a ResNet-18 have no such choice.
     del cfg.model.backbone.bottom_up.stages.stride_in_1x1
     return cfg
-
-
-def plain(value):
-    """Settings as comparable values; ... for what is none."""
-    if dataclasses.is_dataclass(value):
-        fields = [f.name for f in dataclasses.fields(value)]
-        return type(value), {name: plain(getattr(value, name)) for name in fields}
-    if isinstance(value, ListConfig | list | tuple):
-        return [plain(x) for x in value]
-    if isinstance(value, dict):
-        return {name: plain(x) for name, x in value.items()}
-    if value is None or isinstance(value, bool | int | float | str | np.generic):
-        return value
-    return ...
-
-
-def settings(thing):
-    return {name: plain(x) for name, x in vars(thing).items() if plain(x) is not ...}
-
-
-def modules(model):
-    """Name of each submodule: its class and its settings."""
-    return {name: (type(m), settings(m)) for name, m in model.named_modules()}
 
 
 def test_plain():
@@ -220,36 +195,9 @@ def test_same_pool_and_schedule_of_it():
 
 
 def test_same_optimizer(path):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
-    cfg, lazy = load_config(str(path.with_suffix(".yaml"))), load(path)
-    expected = build_optimizer(cfg, model)
-    lazy.optimizer.params.model = model
-    optimizer = instantiate(lazy.optimizer)
-    assert type(optimizer) is type(expected)
-
-    def of_parameters(x):
-        return {
-            p: {key: value for key, value in group.items() if key != "params"}
-            for group in x.param_groups
-            for p in group["params"]
-        }
-
-    assert of_parameters(optimizer) == of_parameters(expected)
-    schedules = [
-        build_lr_scheduler(cfg, expected),
-        LRMultiplier(optimizer, instantiate(lazy.lr_multiplier), lazy.train.max_iter),
-    ]
-    rates = []
-    for schedule in schedules:
-        schedule.optimizer.step()
-        rates.append([])
-        for _ in range(1200):
-            rates[-1].append(schedule.optimizer.param_groups[0]["lr"])
-            schedule.step()
-    np.testing.assert_allclose(*rates, rtol=1e-6)
-    assert rates[0][0] == pytest.approx(1e-5)
-    assert rates[0][-1] == pytest.approx(1e-3)
-    assert instantiate(lazy.lr_multiplier)(1.0) == 1.0  # asked for after the last step
+    rates = assert_same_optimizer(path)
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates[-1] == pytest.approx(1e-3)
 
 
 @pytest.mark.usefixtures("quick_datasets")
