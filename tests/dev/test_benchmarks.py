@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
+from pycocotools import mask as mask_util
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,6 +17,7 @@ def run(monkeypatch, script, *arguments):
     """Run a benchmark; its exit status."""
     threads = torch.get_num_threads(), cv2.getNumThreads()
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str(ROOT / "dev/benchmarks"))
     try:
         runpy.run_path(str(ROOT / "dev/benchmarks" / script), run_name="__main__")
     except SystemExit as end:
@@ -72,13 +75,8 @@ def test_freesolo_step(monkeypatch, capsys):
     assert sum(shares) == pytest.approx(100, abs=1)
 
 
-def spectral(monkeypatch, *arguments):
-    monkeypatch.syspath_prepend(str(ROOT / "dev/benchmarks"))
-    return run(monkeypatch, "spectral.py", *arguments)
-
-
 def test_spectral(monkeypatch, capsys):
-    assert spectral(monkeypatch, "--quick") == 0
+    assert run(monkeypatch, "spectral.py", "--quick") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "0 goals missed"
     start = lines.index("400 patches (20 x 20), 384 channels, k-means with 10 starts")
@@ -96,3 +94,51 @@ def test_spectral(monkeypatch, capsys):
     assert sum(line.startswith("  scipy pdist") for line in lines) == 1
     extra = lines[lines.index("extra memory at 400 patches, in float32 matrices of all pairs") + 1]
     assert float(extra.split()[1]) >= 0
+
+
+def test_proposals(monkeypatch, capsys):
+    assert run(monkeypatch, "proposals.py", "--quick") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "0 checks failed"
+    for start in ("recall: 40 proposals on each of 6 images", "inputs:", "dense: ", "heads: "):
+        assert sum(line.startswith(start) for line in lines) == 1
+    assert sum(line.strip() == "equal met" for line in lines) == 2  # forward, and backward
+    assert sum(line.endswith("at most 1e-09 met") for line in lines) == 1
+    ratios = [float(line.split()[-1][:-1]) for line in lines if line.rstrip().endswith("x")]
+    assert len(ratios) == 13
+    assert all(ratio > 0 for ratio in ratios)
+    (weights,) = (line.split() for line in lines if line.startswith("  weights"))
+    # 8 channels and 4 x 4 cells: two hundred by 56 x 56 for Full
+    assert float(weights[2]) == pytest.approx(8 * 16 * 56**2 / 1e6, abs=0.06)
+
+
+def test_proposals_fails_when_results_differ(monkeypatch, capsys):
+    import unseg.evaluation.proposal_recall as proposal_recall
+    import unseg.layers as layers
+
+    assemble, overlap = layers.assemble_instances, proposal_recall.exact_mask_iou
+    monkeypatch.setattr(layers, "assemble_instances", lambda *x: assemble(*x).roll(1, 1))
+    monkeypatch.setattr(proposal_recall, "exact_mask_iou", lambda *x: 0.9 * overlap(*x))
+    arguments = ["--quick", "--parts", "assembling", "recall"]
+    assert run(monkeypatch, "proposals.py", *arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.strip() == "equal NOT MET" for line in lines) == 2
+    assert sum(line.endswith("at most 1e-09 NOT MET") for line in lines) == 1
+    assert lines[-1] == "3 checks failed"
+
+
+def test_ellipses_are_those_of_their_formula(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "dev/benchmarks"))
+    import proposals
+
+    size = (40, 60)
+    boxes = np.array([[3.2, 4.7, 30.1, 38.9], [0, 0, 60, 20], [50, 10, 52, 12]], dtype=float)
+    masks = mask_util.decode(proposals.ellipse_rles(boxes, size))
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    for box, mask in zip(boxes, masks.transpose(2, 0, 1)):
+        (x0, y0, x1, y1) = box
+        dx, dy = (x - (x0 + x1) / 2) / (x1 - x0), (y - (y0 + y1) / 2) / (y1 - y0)
+        np.testing.assert_array_equal(mask, dx**2 + dy**2 <= 0.25)
+    scene = proposals.make_scene(0, size, 50)
+    assert len(scene.masks) == 50
+    assert mask_util.area(scene.objects).min() > 0

@@ -1,0 +1,568 @@
+"""Times the parts of mask-proposal networks against what one would use without them, in one run.
+
+    OMP_NUM_THREADS=1 python dev/benchmarks/proposals.py      all parts on one thread; some minutes
+    python dev/benchmarks/proposals.py --parts assembling dense
+    python dev/benchmarks/proposals.py --images 50            a shorter run of the evaluation
+    python dev/benchmarks/proposals.py --quick                tiny sizes, no goals
+
+assembling: assemble_instances for some windows of 21 x 21 cells of a 75 x 100 map, k = 5, forward
+    and with the backward pass. Plain: F.unfold of all k * k maps at all places, then the choice.
+    Peak is by how much the resident memory of this process grows during a call (VmHWM).
+recall: average recall of 1000 mask proposals on each of 500 images of 480 x 640 with 7 objects on
+    average, 28 caps from 1 to 1000, all sizes. Plain: pycocotools' COCOeval, useCats=0. Both get
+    the same run lengths, in a process of the same state: COCOeval as result dicts, of which loadRes
+    (areas and boxes), evaluate and accumulate are timed; ProposalRecallEvaluator as Instances, of
+    which its construction, process (it packs the run lengths into bits) and evaluate are timed.
+    Neither making the masks nor encoding them is. Objects and proposals are ellipses, objects in
+    COCO-like boxes, three of five proposals near an object; there are 25 different images, each
+    comes again and again with other scores. Once each, since it takes long.
+inputs: ms an image from masks to matches, by what the masks come as: run lengths, bool tensors,
+    WindowMasks of 56 x 56. For pycocotools (plain; loadRes and evaluate) the last two are encoded
+    first, by unseg.structures.
+dense: DeepMask (ResNet-50, random weights) on one scale of a 480 x 640 image: trunk, head, scores
+    of all windows, masks of the best 1000. Plain: the same net on every window's patch of 192 x 192
+    in batches of 8, measured on a sample and scaled to all windows. Border effects make the outputs
+    differ, so they are not compared.
+heads: mask branch of DeepMask on a VGG-A trunk, 14 x 14 cells a window: of low rank, as in the
+    paper, against DeepMaskFull (plain). Masks of 100 windows of an image's map; and a training
+    step's forward and backward pass on 32 patches.
+
+Every round calls both sides in turn. On one thread times are medians of CPU time; on several they
+are the shortest wall times, since other work on the machine only adds to those. The exit status is
+1 if results differ or a goal is missed.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import unseg  # noqa: F401 (registers; before detectron2, whose import warns)
+
+# isort: split
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import BoxMode, Instances
+from measuring import Report, draw_boxes, measure, peak_bytes
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+from unseg.compat import cpu_name
+from unseg.config import load_config
+from unseg.evaluation import ProposalRecallEvaluator
+from unseg.evaluation.recall import AUC_COUNTS
+from unseg.layers import assemble_instances
+from unseg.layers.assemble_instances import window_bins
+from unseg.modeling.proposals.deepmask_geometry import GREY
+from unseg.modeling.proposals.deepmask_heads import FullHead, PaperHead
+from unseg.structures import RLE, WindowMasks, encode_masks
+
+PAD_LOGIT = -10.0
+TIME_GOAL, MEMORY_GOAL, RECALL_GOAL = 5.0, 10.0, 5.0
+DATASET = "benchmark_proposals"
+CONFIG = Path(__file__).resolve().parents[2] / "projects/DeepMask/configs/deepmask_R_50.yaml"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done; the defaults are what the goals are about."""
+
+    rounds: int = 5
+    map_size: tuple[int, int] = (75, 100)
+    windows: tuple[int, ...] = (256, 1000)
+    k: int = 5
+    m: int = 21
+    images: int = 500
+    scenes: int = 25
+    image_size: tuple[int, int] = (480, 640)
+    proposals: int = 1000
+    input_images: int = 3
+    sampled_windows: int = 16
+    head_channels: int = 512
+    head_cells: int = 14
+    head_windows: int = 100
+    head_patches: int = 32
+
+
+QUICK = Sizes(
+    rounds=1,
+    map_size=(20, 30),
+    windows=(16,),
+    images=6,
+    scenes=3,
+    image_size=(96, 128),
+    proposals=40,
+    sampled_windows=2,
+    head_channels=8,
+    head_cells=4,
+    head_windows=5,
+    head_patches=2,
+)
+
+
+# Assembling.
+
+
+def unfold_then_select(maps: Tensor, locations: Tensor, k: int, m: int) -> Tensor:
+    """As assemble_instances, (N, m, m), from all windows of all maps."""
+    width = maps.shape[-1]
+    padded = F.pad(maps, (m // 2,) * 4, value=PAD_LOGIT)
+    cells = F.unfold(padded, m).unflatten(1, (k * k, m * m))  # (B, k * k, m * m, h * w)
+    bins = torch.tensor(window_bins(k, m))
+    channels = (bins[:, None] * k + bins).flatten()
+    image, y, x = locations.unbind(1)
+    places = (y * width + x)[:, None]
+    return cells[image[:, None], channels, torch.arange(m * m), places].unflatten(1, (m, m))
+
+
+def assembling_calls(sizes: Sizes, count: int, backward: bool) -> dict[str, Callable]:
+    """Both forms on the same maps; each returns the windows and the maps' gradient."""
+    generator = torch.Generator().manual_seed(0)
+    h, w = sizes.map_size
+    maps = torch.randn(1, sizes.k**2, h, w, generator=generator)
+    y = torch.randint(h, (count,), generator=generator)
+    x = torch.randint(w, (count,), generator=generator)
+    locations = torch.stack([torch.zeros_like(x), y, x], dim=1)
+    weights = torch.randn(count, sizes.m, sizes.m, generator=generator)
+
+    def call(form: Callable[..., Tensor]) -> tuple[Tensor, Tensor | None]:
+        leaf = maps.detach().requires_grad_(backward)
+        windows = form(leaf, locations, sizes.k, sizes.m)
+        if backward:
+            windows.backward(weights)
+        return windows.detach(), leaf.grad
+
+    return {"plain": lambda: call(unfold_then_select), "unseg": lambda: call(assemble_instances)}
+
+
+def run_assembling(report: Report, sizes: Sizes) -> None:
+    h, w = sizes.map_size
+    for count in sizes.windows:
+        report.write(f"assembling: {count} windows of {sizes.m} x {sizes.m} cells of a map of ")
+        report.write(f"{h} x {w}, k = {sizes.k}\n")
+        for backward in (False, True):
+            calls = assembling_calls(sizes, count, backward)
+            (expected, slope), (windows, gradient) = calls["plain"](), calls["unseg"]()
+            same = torch.equal(windows, expected)
+            if backward:
+                same &= torch.allclose(gradient, slope, rtol=1e-4, atol=1e-5)
+            times = measure(calls, sizes.rounds)
+            title = "both" if backward else "forward"
+            report.compare(title, times["plain"], times["unseg"], "ms ", TIME_GOAL)
+            report.write(f"            {report.check(same, 'equal')}\n")
+
+
+def run_assembling_memory(report: Report, sizes: Sizes) -> None:
+    """Last, because returning memory to the system makes the next calls slower."""
+    for count in sizes.windows:
+        for backward in (False, True):
+            calls = assembling_calls(sizes, count, backward)
+            peaks = [peak_bytes(calls[name]) for name in ("plain", "unseg")]
+            if None in peaks:
+                report.write("peak memory: not measured, the system does not tell\n")
+                return
+            passes = "forward and backward" if backward else "forward"
+            report.write(f"assembling, peak memory: {count} windows, {passes}\n")
+            plain, fast = (max(peak, 4096) / 2**20 for peak in peaks)
+            report.compare("peak", plain, fast, "MiB", MEMORY_GOAL)
+
+
+# Recall.
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects and proposals of an image, boxes float XYXY that the ellipses fill."""
+
+    object_boxes: np.ndarray
+    objects: list[RLE]
+    boxes: np.ndarray
+    masks: list[RLE]
+
+
+def ellipse_rles(boxes: np.ndarray, size: tuple[int, int]) -> list[RLE]:
+    """Run lengths of the ellipses in boxes (N, 4) XYXY, straight from the formula.
+
+    In each column the pixels whose centres are inside; boxes are less than an image high.
+    """
+    height, width = size
+    rles = []
+    for x0, y0, x1, y1 in boxes.tolist():
+        cx, cy, rx, ry = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2
+        columns = np.arange(max(int(x0), 0), min(int(np.ceil(x1)), width))
+        half = ry * np.sqrt(np.clip(1 - ((columns + 0.5 - cx) / rx) ** 2, 0, None))
+        top = np.clip(np.ceil(cy - half - 0.5), 0, height).astype(int)
+        bottom = np.clip(np.floor(cy + half - 0.5) + 1, 0, height).astype(int)
+        some = bottom > top
+        edges = np.stack([columns * height + top, columns * height + bottom], axis=1)[some].ravel()
+        runs = np.diff(np.concatenate(([0], edges, [height * width]))).tolist()
+        rles.append(mask_util.frPyObjects({"size": list(size), "counts": runs}, height, width))
+    return rles
+
+
+def make_scene(seed: int, size: tuple[int, int], proposals: int) -> Scene:
+    """Reproducible; see the top of this file."""
+    rng = np.random.default_rng(seed)
+    objects = draw_boxes(1 + rng.poisson(6), size, whole=False, seed=seed).astype(float)
+    near = objects[rng.integers(0, len(objects), 3 * proposals // 5)]
+    side = near[:, 2:] - near[:, :2]
+    centers = (near[:, 2:] + near[:, :2]) / 2 + side * rng.normal(0, 0.15, side.shape)
+    side = side * np.exp(rng.normal(0, 0.25, side.shape))
+    near = np.concatenate([centers - side / 2, centers + side / 2], axis=1)
+    others = draw_boxes(proposals - len(near), size, whole=False, seed=seed + 10**6).astype(float)
+    boxes = np.concatenate([near, others])
+    for some in (objects, boxes):  # at least two pixels, and lower than the image
+        highest = np.array([size[1], size[0]]) * 0.98
+        sides = np.clip(some[:, 2:] - some[:, :2], 2, highest)
+        middle = np.clip(
+            (some[:, 2:] + some[:, :2]) / 2, sides / 2, np.array(size)[::-1] - sides / 2
+        )
+        some[:, :2], some[:, 2:] = middle - sides / 2, middle + sides / 2
+    return Scene(objects, ellipse_rles(objects, size), boxes, ellipse_rles(boxes, size))
+
+
+def make_scores(image: int, count: int) -> np.ndarray:
+    """In random order, no two equal: float32 (count,)."""
+    order = np.random.default_rng(image + 2 * 10**6).permutation(count)
+    return ((order + 0.5) / count).astype(np.float32)
+
+
+def dataset_dicts(scenes: list[Scene], images: int, size: tuple[int, int]) -> list[dict]:
+    """Detectron2's form of the ground truth, ids from 1."""
+    dicts = []
+    for image in range(images):
+        scene = scenes[image % len(scenes)]
+        annotations = [
+            {
+                "bbox": mask_util.toBbox(rle).tolist(),
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "segmentation": rle,
+                "area": float(mask_util.area(rle)),
+                "category_id": 0,
+                "iscrowd": 0,
+            }
+            for rle in scene.objects
+        ]
+        record = {"image_id": image + 1, "height": size[0], "width": size[1]}
+        dicts.append(record | {"annotations": annotations})
+    return dicts
+
+
+def as_coco(dicts: list[dict]) -> dict:
+    """The same as the content of a COCO file."""
+    annotations = [
+        {key: a[key] for key in ("bbox", "segmentation", "area", "iscrowd")}
+        | {"image_id": record["image_id"], "category_id": 1}
+        for record in dicts
+        for a in record["annotations"]
+    ]
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
+    images = [{"id": d["image_id"], "height": d["height"], "width": d["width"]} for d in dicts]
+    categories = [{"id": 1, "name": "object"}]
+    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+
+
+def as_results(scenes: list[Scene], images: int) -> list[dict]:
+    """COCO's result dicts."""
+    return [
+        {
+            "image_id": image + 1,
+            "category_id": 1,
+            "score": score,
+            "segmentation": rle,
+        }
+        for image in range(images)
+        for scene in [scenes[image % len(scenes)]]
+        for score, rle in zip(make_scores(image, len(scene.masks)).tolist(), scene.masks)
+    ]
+
+
+def as_output(masks: object, image: int, count: int, size: tuple[int, int]) -> dict:
+    """A model's output."""
+    instances = Instances(size)
+    instances.scores = torch.from_numpy(make_scores(image, count))
+    instances.pred_masks = masks
+    return {"instances": instances}
+
+
+def cpu_seconds(call: Callable[[], object]) -> tuple[float, object]:
+    """CPU time on one thread, wall time on several."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    result = call()
+    return clock() - start, result
+
+
+def pycocotools_matches(coco_content: dict, results: list[dict]) -> tuple[dict, COCOeval]:
+    """Seconds by step up to the matching, and what holds it; fields are added to `results`."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = coco_content
+        seconds = {"index": cpu_seconds(truth.createIndex)[0]}
+        seconds["loadRes"], found = cpu_seconds(lambda: truth.loadRes(results))
+        evaluation = COCOeval(truth, found, "segm")
+        evaluation.params.useCats = 0
+        evaluation.params.maxDets = list(AUC_COUNTS)
+        seconds["evaluate"] = cpu_seconds(evaluation.evaluate)[0]
+    return seconds, evaluation
+
+
+def recall_of_pycocotools(coco_content: dict, results: list[dict]) -> tuple[dict, np.ndarray]:
+    """Seconds by step, and recall in percent, averaged over thresholds: (sizes, caps)."""
+    seconds, evaluation = pycocotools_matches(coco_content, results)
+    with contextlib.redirect_stdout(io.StringIO()):
+        seconds["accumulate"] = cpu_seconds(evaluation.accumulate)[0]
+    return seconds, 100 * evaluation.eval["recall"][:, 0].mean(0)
+
+
+def recall_of_unseg(scenes: list[Scene], sizes: Sizes) -> tuple[dict, dict[str, float]]:
+    """Seconds by step, and the numbers."""
+
+    def output(image: int) -> dict:
+        masks = scenes[image % len(scenes)].masks
+        return as_output(masks, image, len(masks), sizes.image_size)
+
+    outputs = [output(image) for image in range(sizes.images)]
+    seconds = {}
+    seconds["construction"], evaluator = cpu_seconds(
+        lambda: ProposalRecallEvaluator(DATASET, tasks=("segm",))
+    )
+
+    def process() -> None:
+        for image, found in enumerate(outputs):
+            evaluator.process([{"image_id": image + 1}], [found])
+
+    seconds["process"] = cpu_seconds(process)[0]
+    seconds["evaluate"], numbers = cpu_seconds(evaluator.evaluate)
+    return seconds, numbers["segm_proposals"]
+
+
+def largest_difference(numbers: dict[str, float], recall: np.ndarray) -> float:
+    """Between the evaluator's numbers and those made of pycocotools' recall."""
+    areas = np.trapezoid(recall, np.log10(AUC_COUNTS), axis=1) / 3
+    expected = {f"AR@{cap}": recall[0, AUC_COUNTS.index(cap)] for cap in (10, 100, 1000)}
+    for size, row, area in zip(("", "s", "m", "l"), recall, areas):
+        expected[f"AUC{size}"] = area
+        expected[f"AR{size}@1000"] = row[-1]
+    if not numbers.keys() <= expected.keys():
+        raise RuntimeError(f"the evaluator gives other numbers: {sorted(numbers)}")
+    return max(abs(value - expected[key]) for key, value in numbers.items())
+
+
+def run_recall(report: Report, sizes: Sizes) -> None:
+    scenes = [make_scene(n, sizes.image_size, sizes.proposals) for n in range(sizes.scenes)]
+    dicts = dataset_dicts(scenes, sizes.images, sizes.image_size)
+    report.write(f"recall: {sizes.proposals} proposals on each of {sizes.images} images of ")
+    report.write(f"{sizes.image_size[0]} x {sizes.image_size[1]}, ")
+    report.write(f"{sum(len(d['annotations']) for d in dicts) / len(dicts):.1f} objects each\n")
+    DatasetCatalog.register(DATASET, lambda: dicts)
+    try:
+        fast, numbers = recall_of_unseg(scenes, sizes)
+        plain, recall = recall_of_pycocotools(as_coco(dicts), as_results(scenes, sizes.images))
+        report.compare("time", sum(plain.values()), sum(fast.values()), "s  ", RECALL_GOAL)
+        for name, steps in (("plain", plain), ("unseg", fast)):
+            parts = ", ".join(f"{step} {value:.2f}" for step, value in steps.items())
+            report.write(f"            {name}, s: {parts}\n")
+        worst = largest_difference(numbers, recall)
+        equal = report.check(worst <= 1e-9, "at most 1e-09")
+        report.write(
+            f"            AR@10 {numbers['AR@10']:.2f}, AR@1000 {numbers['AR@1000']:.2f}; "
+        )
+        report.write(f"numbers differ by {worst:.0e}, {equal}\n")
+        run_inputs(report, sizes, scenes)
+    finally:
+        DatasetCatalog.remove(DATASET)
+
+
+def window_masks(scene: Scene, size: tuple[int, int]) -> WindowMasks:
+    """The scene's ellipses as windows of 56 x 56 cells."""
+    place = (torch.arange(56) + 0.5) / 28 - 1
+    inside = ((place[:, None] ** 2 + place**2) <= 1).float()
+    boxes = torch.from_numpy(scene.boxes).float()
+    return WindowMasks(inside.expand(len(boxes), 56, 56).contiguous(), boxes, size)
+
+
+def run_inputs(report: Report, sizes: Sizes, scenes: list[Scene]) -> None:
+    """By what the masks come as, on a few images."""
+    scenes = scenes[: sizes.input_images]
+    evaluator = ProposalRecallEvaluator(DATASET, tasks=("segm",))
+    coco = as_coco(DatasetCatalog.get(DATASET)[: len(scenes)])
+
+    def dense(scene: Scene) -> Tensor:
+        return torch.from_numpy(mask_util.decode(scene.masks).transpose(2, 0, 1).copy()).bool()
+
+    def evaluate(masks: list[object]) -> None:
+        for image, some in enumerate(masks):
+            found = as_output(some, image, sizes.proposals, sizes.image_size)
+            evaluator.process([{"image_id": image + 1}], [found])
+
+    results = as_results(scenes, len(scenes))
+    inputs = {
+        "run lengths": ([scene.masks for scene in scenes], None),
+        "bool": ([dense(scene) for scene in scenes], encode_masks),
+        "windows": ([window_masks(s, sizes.image_size) for s in scenes], WindowMasks.to_rle),
+    }
+    report.write(f"inputs: ms an image, {sizes.proposals} proposals\n")
+    for name, (masks, encode) in inputs.items():
+        calls = {
+            "plain": lambda m=masks, e=encode: (
+                e and [e(some) for some in m],
+                pycocotools_matches(coco, [result.copy() for result in results]),
+            ),
+            "unseg": lambda m=masks: evaluate(m),
+        }
+        times = measure(calls, min(sizes.rounds, 2))
+        each = {side: value / len(masks) for side, value in times.items()}
+        report.compare(name, each["plain"], each["unseg"], "ms ")
+
+
+# DeepMask.
+
+
+def run_dense(report: Report, sizes: Sizes) -> None:
+    model = build_model(load_config(str(CONFIG), ["MODEL.DEVICE", "cpu"])).eval()
+    height, width = sizes.image_size
+    generator = torch.Generator().manual_seed(0)
+    image = 255 * torch.rand(3, height, width, generator=generator)
+    geometry = model.geometry
+    rows, columns = geometry.grid(height, width, model.stride)
+    windows = rows * columns
+    # Both sides see grey outside the image.
+    padded = F.pad(image, geometry.padding(height, width, model.divisibility), value=GREY)
+    context = F.pad(padded, (geometry.context // 2,) * 4, value=GREY)
+    chosen = torch.linspace(0, windows - 1, sizes.sampled_windows).long()
+    corners = [(i // columns * model.stride, i % columns * model.stride) for i in chosen.tolist()]
+    side = geometry.patch_size
+    patches = torch.stack([context[:, y : y + side, x : x + side] for y, x in corners])
+
+    @torch.no_grad()
+    def dense() -> Tensor:
+        images = model.encode(padded[None])
+        scores = images.scores[0, :rows, :columns].flatten()
+        best = scores.topk(min(model.inference.topk, windows)).indices
+        places = torch.stack([torch.zeros_like(best), best // columns, best % columns], dim=1)
+        return model.mask_logits(images, places)
+
+    @torch.no_grad()
+    def one_by_one() -> None:
+        for batch in patches.split(8):
+            images = model.encode(batch, in_patches=True)
+            model.mask_logits(images, F.pad(torch.arange(len(batch))[:, None], (0, 2)))
+
+    times = measure({"plain": one_by_one, "unseg": dense}, min(sizes.rounds, 3))
+    plain = times["plain"] / len(patches) * windows / 1000
+    fast = times["unseg"] / 1000
+    megapixels = height * width / 1e6
+    report.write(f"dense: DeepMask R-50 on {height} x {width}, {windows} windows ")
+    report.write(f"(plain: {times['plain'] / len(patches):.1f} ms a window, ")
+    report.write(f"from a sample of {len(patches)})\n")
+    report.compare("image", plain, fast, "s  ")
+    report.compare("megapixel", plain / megapixels, fast / megapixels, "s  ")
+
+
+def make_head(kind: type[nn.Module], sizes: Sizes) -> nn.Module:
+    """With equal weights: drawing hundreds of millions takes longer than all the rest."""
+    with torch.device("meta"):
+        head = kind(in_channels=sizes.head_channels, cells=sizes.head_cells)
+    head = head.to_empty(device="cpu")
+    for parameter in head.parameters():
+        nn.init.constant_(parameter, 1e-3)
+    return head
+
+
+def mask_step(head: nn.Module, features: Tensor, locations: Tensor, backward: bool) -> Tensor:
+    with torch.set_grad_enabled(backward):
+        masks = head.masks(head.encode(features), locations)
+        if backward:
+            masks.mean().backward()
+            head.zero_grad(set_to_none=True)
+    return masks.detach()
+
+
+def run_heads(report: Report, sizes: Sizes) -> None:
+    heads = {"plain": make_head(FullHead, sizes), "unseg": make_head(PaperHead, sizes)}
+    generator = torch.Generator().manual_seed(0)
+    k, channels = sizes.head_cells, sizes.head_channels
+    rows, columns = (side // 16 + 1 for side in sizes.image_size)
+    image = torch.rand(1, channels, rows + k - 1, columns + k - 1, generator=generator)
+    patches = torch.rand(sizes.head_patches, channels, k, k, generator=generator)
+    best = torch.randperm(rows * columns, generator=generator)[: sizes.head_windows]
+    of_image = torch.stack([torch.zeros_like(best), best // columns, best % columns], dim=1)
+    of_patches = F.pad(torch.arange(len(patches))[:, None], (0, 2))
+    report.write(f"heads: {k} x {k} cells of {channels} channels; plain is Full, unseg low-rank\n")
+    branches = {
+        name: sum(p.numel() for module in head.mask_branch() for p in module.parameters())
+        for name, head in heads.items()
+    }
+    report.compare("weights", branches["plain"] / 1e6, branches["unseg"] / 1e6, "M  ")
+    for title, inputs in (
+        (
+            f"masks of {len(best)} windows, with the 1x1 layer on the whole map",
+            (image, of_image, False),
+        ),
+        (f"forward and backward of {len(patches)} patches", (patches, of_patches, True)),
+    ):
+        calls = {name: lambda h=head, x=inputs: mask_step(h, *x) for name, head in heads.items()}
+        times = measure(calls, min(sizes.rounds, 3))
+        report.write(f"  {title}\n")
+        report.compare("time", times["plain"], times["unseg"], "ms ")
+
+
+PARTS = {
+    "assembling": run_assembling,
+    "recall": run_recall,
+    "dense": run_dense,
+    "heads": run_heads,
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round, no goals")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, help="default 5; fewer of what takes long")
+    parser.add_argument("--images", type=int, help="of the evaluation; default 500")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the benchmark; the exit status is 1 if results differ or a goal is missed."""
+    args = parse_arguments()
+    sizes = QUICK if args.quick else Sizes()
+    if args.rounds:
+        sizes = replace(sizes, rounds=args.rounds)
+    if args.images:
+        sizes = replace(sizes, images=args.images, scenes=min(sizes.scenes, args.images))
+    report = Report(sys.stdout.write, goals=not args.quick)
+    report.write(f"{cpu_name()}; torch {torch.__version__}\n")
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        with threadpool_limits(threads):
+            report.write(f"\n{threads} thread{'s' if threads > 1 else ''}, ")
+            report.write(f"{'median CPU' if threads == 1 else 'shortest wall'} time\n")
+            for part in args.parts:
+                PARTS[part](report, sizes)
+                sys.stdout.flush()
+    if "assembling" in args.parts:
+        report.write("\n")
+        run_assembling_memory(report, sizes)
+    report.write(f"\n{report.failures} checks failed\n")
+    return int(report.failures > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
