@@ -41,7 +41,7 @@ def add_deepmask_config(cfg: CfgNode) -> None:
     node.TRAIN_MODE = "joint"
 
     data = node.DATA = CfgNode()
-    # Patches cut out of one image, half of them positive.
+    # Patches cut out of one image, an even number: half of them positive.
     data.PATCHES_PER_IMAGE = 4
     # What an epoch goes through: "image", or "annotation" (a category at random, then one of its
     # objects, as released).
@@ -59,7 +59,7 @@ def add_deepmask_config(cfg: CfgNode) -> None:
     data.NEG_SCALE = 1.0
 
     test = node.TEST = CfgNode()
-    # Scales of the image pyramid, as powers of 2.
+    # Scales of the image pyramid, as powers of 2. Negative patches are drawn from their range.
     test.SCALES = (-2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5)
     # Proposals per image.
     test.TOPK = 1000
