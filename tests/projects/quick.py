@@ -60,10 +60,19 @@ QUICK_DEEPMASK = {
     "MODEL.DEEPMASK.TEST.TOPK": 20,
 }
 QUICK_INSTANCE_FCN = {
+    "MODEL.VGG.DEPTH": 11,
     "MODEL.INSTANCE_FCN.HIDDEN": 16,
     "MODEL.INSTANCE_FCN.WINDOWS_PER_IMAGE": 16,
     "MODEL.INSTANCE_FCN.TEST.PRE_NMS_TOPK": 20,
     "MODEL.INSTANCE_FCN.TEST.TOPK": 20,
+}
+# Its patches, of one window each: 80 pixels instead of 224.
+QUICK_CROPS = {
+    "MODEL.INSTANCE_FCN.M": 7,
+    "MODEL.DEEPMASK.INPUT_SIZE": 56,
+    "MODEL.DEEPMASK.CONTEXT": 24,
+    "MODEL.DEEPMASK.OBJECT_SIZE": 43,
+    "MODEL.DEEPMASK.GT_SIZE": 7,
 }
 # Instead of ResNets of any depth: the configs that need it are built whole by a test of their own.
 SHALLOW = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
@@ -119,6 +128,8 @@ def quick_overrides(path: Path, output: Path) -> dict:
         overrides |= QUICK_INSTANCE_FCN
         if cfg.MODEL.INSTANCE_FCN.TEST.SHORT_SIDES:
             overrides["MODEL.INSTANCE_FCN.TEST.SHORT_SIDES"] = (64, 96)
+        if cfg.MODEL.INSTANCE_FCN.TRAIN_ON == "crop":
+            overrides |= QUICK_CROPS
     if cfg.MODEL.LOAD_PROPOSALS:
         overrides["DATASETS.PROPOSAL_FILES_TRAIN"] = (str(output / "quick_train.pkl"),)
         overrides["DATASETS.PROPOSAL_FILES_TEST"] = (str(output / "quick_val.pkl"),)

@@ -88,7 +88,7 @@ def run_discovery(cfg, folder):
 
 def run_evaluation(path, folder, tasks):
     overrides = quick_overrides(path, folder)
-    if "segm" not in tasks:
+    if tasks == {"bbox"}:
         overrides["DATASETS.TEST"] = ("quick_boxes",)
     flags = ["--eval-only", "--config-file", str(path)]
     results = main([*flags, *map(str, words(overrides))])
@@ -129,6 +129,27 @@ def test_freesolo_builds_whole(path):
             0
         ].numel()
         assert (len(state), round(values / 1e6, 2)) == RELEASED[cfg.MODEL.RESNETS.DEPTH]
+
+
+# Millions of weights of the nets of the papers, without what FrozenBN keeps.
+PROPOSAL_NETS = {
+    "deepmask_R_50.yaml": 17.33,
+    "deepmask_VGG_A.yaml": 75.84,
+    "instance_fcn_VGG_16_voc.yaml": 17.45,
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in CONFIGS if p.parents[1].name in ("DeepMask", "InstanceFCN")],
+    ids=lambda p: p.name,
+)
+def test_proposal_nets_build_whole(path):
+    """With the sizes that test_config_runs replaces."""
+    model = build_empty(path)
+    if path.name in PROPOSAL_NETS:
+        weights = sum(x.numel() for x in model.parameters())
+        assert round(weights / 1e6, 2) == PROPOSAL_NETS[path.name]
 
 
 @pytest.mark.parametrize("name", ["tiny", "R_50", "R_101"])
