@@ -144,6 +144,14 @@ def test_train_and_eval_reach_the_refinement_only():
         assert not any(m.training for m in [*model.backbone.modules(), *model.head.modules()])
 
 
+def test_negatives_are_not_run():
+    model = build()
+    seen = []
+    model.backbone.register_forward_hook(lambda _, args, output: seen.append(len(args[0])))
+    model(batch((1, -1, -1, 1, -1)))
+    assert seen == [2]
+
+
 def test_a_batch_of_negatives_gives_zero_and_gradients():
     model = build()
     loss = model(batch((-1, -1)))["loss_mask"]
