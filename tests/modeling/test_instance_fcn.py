@@ -367,6 +367,23 @@ def test_crop_training_of_the_config_takes_the_mapper_s_patches(tmp_path):
     assert all(0 < loss.item() < 2 for loss in losses.values())
 
 
+def test_every_weight_has_a_gradient_though_maps_are_not_read():
+    """Else training in several processes stops."""
+    cfg = fpn_config()
+    cfg.MODEL.INSTANCE_FCN.IN_FEATURES = ("p2",)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    empty = batch((60, 90))
+    empty[0]["instances"] = make_objects((60, 90), [])
+    for inputs in (batch((60, 90)), empty):
+        model.zero_grad()
+        sum(model(inputs).values()).backward()
+        trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        assert [k for k, p in trained.items() if p.grad is None] == []
+        assert not trained["backbone.fpn_output5.weight"].grad.any()
+        assert trained["backbone.fpn_output2.weight"].grad.any()
+
+
 @pytest.mark.parametrize("make_config", [vgg_config, fpn_config])
 def test_bad_input(make_config):
     cfg = make_config()

@@ -204,7 +204,13 @@ class InstanceFCN(nn.Module):
         height, width = images.shape[-2:]
         padding = (0, -width % self.divisibility, 0, -height % self.divisibility)
         images = (images.to(torch.float32) - self.pixel_mean) / self.pixel_std
-        return self.head(self.backbone(F.pad(images, padding)))
+        features = self.backbone(F.pad(images, padding))
+        maps = self.head(features)
+        unread = [x for name, x in features.items() if name not in self.head.in_features]
+        if self.training and unread:  # distributed training wants a gradient, if 0, of each weight
+            nothing = sum(x.mean() for x in unread) * 0
+            maps[0] = LevelMaps(maps[0].masks, maps[0].scores + nothing)
+        return maps
 
     def _image_windows(self, batched_inputs: list[dict[str, Any]]) -> TrainingWindows:
         """Windows of images; those of equal size go through the backbone together."""
