@@ -30,7 +30,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
-from proposal_windows import measure_windows
+from proposal_windows import WindowMeasure
 from torch import Tensor, nn
 
 from unseg.checkpoint import SafeCheckpointer
@@ -131,7 +131,13 @@ def from_masks(path: Path, name: str) -> Proposer:
     return propose
 
 
-def from_model(cfg: CfgNode, name: str, model: nn.Module, seconds: list[float]) -> Proposer:
+def from_model(
+    cfg: CfgNode,
+    name: str,
+    model: nn.Module,
+    seconds: list[float],
+    windows: WindowMeasure | None = None,
+) -> Proposer:
     """A model's proposals; the time it takes for each image is appended to `seconds`."""
 
     def propose() -> Iterator[tuple[Record, Instances]]:
@@ -139,12 +145,14 @@ def from_model(cfg: CfgNode, name: str, model: nn.Module, seconds: list[float]) 
             start = time.perf_counter()
             with torch.no_grad():
                 outputs = model(batch)
-            seconds.append((time.perf_counter() - start) / len(batch))
-            for record, output in zip(batch, outputs, strict=True):
-                proposals = output["proposals"]
-                # Packed once for both evaluations.
-                proposals.pred_masks = proposals.pred_masks.pack()
-                yield record, proposals
+            seconds.append(time.perf_counter() - start)
+            ((record, output),) = zip(batch, outputs, strict=True)  # one by one, as in testing
+            if windows is not None:
+                windows.add(record["image_id"])
+            proposals = output["proposals"]
+            # Packed once for both evaluations.
+            proposals.pred_masks = proposals.pred_masks.pack()
+            yield record, proposals
 
     return propose
 
@@ -205,14 +213,14 @@ def measure_recall(name: str, propose: Proposer) -> dict[str, float]:
 
 def measure_model(cfg: CfgNode, name: str) -> dict[str, float]:
     """A model's recall, size and speed; of an InstanceFCN also its masks in positive windows."""
-    model, seconds = load_model(cfg), []
-    numbers = measure_recall(name, from_model(cfg, name, model, seconds))
+    model, seconds, windows = load_model(cfg), [], None
+    if cfg.MODEL.META_ARCHITECTURE == "InstanceFCN":
+        windows = WindowMeasure(model, name)
+    numbers = measure_recall(name, from_model(cfg, name, model, seconds, windows))
     numbers["M parameters"] = sum(p.numel() for p in model.parameters()) / 1e6
     # The median: other work on the machine makes single images slow.
     numbers["ms/image"] = 1000 * statistics.median(seconds)
-    if cfg.MODEL.META_ARCHITECTURE == "InstanceFCN":
-        numbers |= measure_windows(cfg, model, name)
-    return numbers
+    return numbers | (windows.numbers() if windows is not None else {})
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -7,18 +7,16 @@ net thinks of the window. Cells are compared, not pixels, before any mask is pas
 Legend: N windows, G objects of an image, m cells per side of a window, H W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from pycocotools import mask as mask_util
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from unseg.data import build_test_loader
 from unseg.layers import scaled_size
 from unseg.modeling.meta_arch.instance_fcn import InstanceFCN
 from unseg.modeling.proposals.instance_fcn_head import InstanceFCNHead, LevelMaps
@@ -104,34 +102,38 @@ def positive_windows(
         )
 
 
-def measure_windows(cfg: CfgNode, model: InstanceFCN, name: str) -> dict[str, float]:
+class WindowMeasure:
     """Means over the positive windows of touching objects, at all scales of the test pyramid.
 
-    Args:
-        cfg: of the model.
-        model: in eval mode.
-        name: a synthetic data set, whose annotations say whether an object touches another one.
-
-    Returns:
-        in percent "window IoU" and "foreign", see :func:`score_masks`; NaN without any window.
+    It listens to the model's head while the model is applied to one image after the other.
     """
-    scores: list[tuple[Tensor, Tensor]] = []
-    records = {record["image_id"]: record for record in DatasetCatalog.get(name)}
-    maps: list[list[LevelMaps]] = []
-    # One call for each scale, in their order.
-    hook = model.head.register_forward_hook(lambda _, __, made: maps.append(made))
-    with torch.no_grad():
-        for batch in build_test_loader(cfg, name):
-            for x in batch:
-                maps.clear()
-                model([x])
-                scores += _score_image(model, maps, records[x["image_id"]])
-    hook.remove()
-    ious, foreign = (torch.cat([torch.zeros(0).double(), *part]) for part in zip(*scores))
-    return {
-        "window IoU": float(100 * ious.mean()),
-        "foreign": float(100 * foreign.nanmean()),
-    }
+
+    def __init__(self, model: InstanceFCN, name: str) -> None:
+        """
+        Args:
+            model: in eval mode.
+            name: a synthetic data set, whose annotations say whether an object touches another one.
+        """
+        self._model = model
+        self._records = {record["image_id"]: record for record in DatasetCatalog.get(name)}
+        self._scores: list[tuple[Tensor, Tensor]] = []
+        self._maps: list[list[LevelMaps]] = []
+        # One call for each scale, in their order.
+        model.head.register_forward_hook(lambda _, __, made: self._maps.append(made))
+
+    def add(self, image_id: Hashable) -> None:
+        """Score the windows of the image that the model has just been applied to."""
+        self._scores += _score_image(self._model, self._maps, self._records[image_id])
+        self._maps.clear()
+
+    def numbers(self) -> dict[str, float]:
+        """In percent "window IoU" and "foreign", see :func:`score_masks`; NaN without windows."""
+        empty = (torch.zeros(0), torch.zeros(0))
+        ious, foreign = (torch.cat(part) for part in zip(empty, *self._scores))
+        return {
+            "window IoU": float(100 * ious.double().mean()),
+            "foreign": float(100 * foreign.double().nanmean()),
+        }
 
 
 def _score_image(
