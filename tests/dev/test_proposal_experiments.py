@@ -22,6 +22,7 @@ from unseg.modeling.proposals.instance_fcn_head import InstanceFCNHead, LevelMap
 from unseg.modeling.proposals.instance_fcn_losses import WindowTraining
 from unseg.modeling.proposals.instance_fcn_windows import WindowLevel
 from unseg.structures import encode_masks
+from unseg.tools import pseudo_masks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -368,20 +369,20 @@ def test_a_run_of_two_iterations(tmp_path, monkeypatch, capsys):
     def run_here(words, **_):
         """Instead of a process that would not know the data set."""
         _, program, *rest = words
+        mains = {"dev/experiments/proposal_measures.py": measures.main, "-m": pseudo_masks.main}
         if program.endswith("train_net.py"):
             train(rest)
         else:
-            assert program == "dev/experiments/proposal_measures.py"
             with monkeypatch.context() as patch:
-                patch.setattr(sys, "argv", [program, *rest])
-                measures.main()
+                patch.setattr(sys, "argv", [program, *rest] if program != "-m" else rest)
+                mains[program]()
         return subprocess.CompletedProcess(words, 0)
 
     here = SimpleNamespace(run=run_here, DEVNULL=None, STDOUT=None)
     monkeypatch.setattr(runner, "subprocess", here)
     monkeypatch.chdir(ROOT)  # where steps are run
     words = [str(x) for item in SMALL.items() for x in item]
-    arms = ("sliding", "deepmask", "instance_fcn_crop")
+    arms = ("sliding", "deepmask", "instance_fcn_crop", "free_masks", "instance_fcn_free")
     arguments = ["--train", name, "--data", name, "--seeds", "1", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "--arms", *arms, "--", *words])
     proposals.main()
@@ -390,8 +391,13 @@ def test_a_run_of_two_iterations(tmp_path, monkeypatch, capsys):
         assert f"| {proposals.ARMS[arm].title} | 1 |" in printed
     numbers = json.loads((tmp_path / "cost/results.json").read_text())["numbers"]
     assert numbers["deepmask"]["1"]["ms/image"] > 0
-    files = {arm: json.loads((tmp_path / f"seed1_{arm}.json").read_text()) for arm in arms}
-    assert {"window IoU", "foreign"} <= files["instance_fcn_crop"].keys()
+    files = {
+        arm: json.loads((tmp_path / f"seed{int(arm != 'free_masks')}_{arm}.json").read_text())
+        for arm in arms
+    }
+    for arm in ("instance_fcn_crop", "instance_fcn_free"):
+        assert {"window IoU", "foreign"} <= files[arm].keys()
+    assert files["free_masks"].keys() == files["sliding"].keys()
     assert files["deepmask"].keys() == files["sliding"].keys() | {"M parameters", "ms/image"}
     weights = torch.load(tmp_path / "seed1/deepmask/model_final.pth", weights_only=True)["model"]
     parameters = sum(x.numel() for key, x in weights.items() if "pixel_" not in key)
