@@ -474,7 +474,9 @@ def run_dense(report: Report, sizes: Sizes) -> None:
 def make_head(kind: type[nn.Module], sizes: Sizes) -> nn.Module:
     """With equal weights: drawing hundreds of millions takes longer than all the rest."""
     with torch.device("meta"):
-        head = kind(in_channels=sizes.head_channels, cells=sizes.head_cells)
+        channels = sizes.head_channels
+        # The paper's 1x1 layer keeps the number of channels.
+        head = kind(in_channels=channels, reduce_dim=channels, cells=sizes.head_cells)
     head = head.to_empty(device="cpu")
     for parameter in head.parameters():
         nn.init.constant_(parameter, 1e-3)

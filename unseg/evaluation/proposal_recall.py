@@ -22,7 +22,9 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from pycocotools import mask as mask_util
 from tabulate import tabulate
+from torch import Tensor
 
+from unseg.discovery.rle import covers
 from unseg.evaluation.build import EVALUATORS
 from unseg.evaluation.coco_records import (
     dataset_ground_truth,
@@ -42,7 +44,7 @@ from unseg.evaluation.recall import (
     exact_mask_iou,
     match_ranks,
 )
-from unseg.layers import PackedMasks, pack_masks
+from unseg.layers import PackedMasks, pack_masks, run_lengths
 from unseg.structures import RLE, WindowMasks
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class Proposals:
 
     order: np.ndarray
     boxes: np.ndarray
-    masks: PackedMasks | None
+    masks: PackedMasks | list[RLE] | None
 
 
 def ranked_proposals(instances: Instances, limit: int) -> Proposals:
@@ -127,13 +129,48 @@ def ranked_proposals(instances: Instances, limit: int) -> Proposals:
     if "pred_classes" in fields:
         order = torch.argsort(fields["pred_classes"].cpu(), stable=True)
     order = order[torch.argsort(-scores[order], stable=True)][:limit]
-    packed = None if masks is None else _pack(masks, tuple(instances.image_size))
-    tensor = (packed.box if boxes is None else boxes.tensor.detach()).cpu()[order]
+    comparable = None if masks is None else _comparable(masks, tuple(instances.image_size))
+    tensor = (_tight_boxes(comparable) if boxes is None else boxes.tensor.detach()).cpu()[order]
     if not torch.isfinite(tensor).all():
         raise ValueError("boxes are NaN/inf")
     # In the boxes' own precision, as in the results files of this package and Detectron2.
     xywh = BoxMode.convert(tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
-    return Proposals(order.numpy(), xywh.double().numpy(), packed)
+    return Proposals(order.numpy(), xywh.double().numpy(), comparable)
+
+
+def _comparable(masks: Any, size: tuple[int, int]) -> PackedMasks | list[RLE]:
+    """Well-formed compressed encodings as they are: to compare a thousand of them with few objects
+    takes less time than to decode them. All other masks as bits."""
+    if isinstance(masks, list) and masks and all(_is_compressed(mask, size) for mask in masks):
+        counts = [run_lengths.to_bytes(mask["counts"]) for mask in masks]
+        if covers(counts, [size[0] * size[1]] * len(counts)).all():
+            return masks
+    return _pack(masks, size)
+
+
+def _is_compressed(mask: Any, size: tuple[int, int]) -> bool:
+    return (
+        isinstance(mask, dict)
+        and isinstance(mask.get("counts"), str | bytes)
+        and isinstance(mask.get("size"), list | tuple)
+        and tuple(mask["size"]) == size
+    )
+
+
+def _tight_boxes(masks: PackedMasks | list[RLE]) -> Tensor:
+    """XYXY (N, 4) in pixels, 0 where a mask is empty."""
+    if isinstance(masks, PackedMasks):
+        return masks.box
+    xywh = torch.from_numpy(mask_util.toBbox(masks))
+    return BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+
+
+def _mask_iou(masks: PackedMasks | list[RLE], objects: list[RLE]) -> np.ndarray:
+    """Exact IoU of all pairs, float64 (N, G)."""
+    if isinstance(masks, PackedMasks):
+        return exact_mask_iou(masks, _pack_objects(objects, masks))
+    # pycocotools divides the same two integers.
+    return mask_util.iou(masks, objects, [0] * len(objects))
 
 
 def _pack(masks: Any, size: tuple[int, int]) -> PackedMasks:
@@ -272,8 +309,7 @@ class ProposalRecallEvaluator(DatasetEvaluator):
                 iou = exact_box_iou(proposals.boxes, objects.boxes)
             elif has_masks:
                 _check_size(proposals.masks, objects)
-                objects_masks = _pack_objects(objects.masks, proposals.masks)
-                iou = exact_mask_iou(proposals.masks, objects_masks)[proposals.order]
+                iou = _mask_iou(proposals.masks, objects.masks)[proposals.order]
             elif self._asked:
                 raise ValueError("the proposals have no masks")
             else:
@@ -407,8 +443,9 @@ def _objects_by_image(coco: dict[str, Any], with_masks: bool) -> dict[Hashable, 
     return objects
 
 
-def _check_size(masks: PackedMasks, objects: ImageObjects) -> None:
+def _check_size(masks: PackedMasks | list[RLE], objects: ImageObjects) -> None:
     """Masks must be of the original image's size."""
     size = objects.size or tuple(objects.masks[0]["size"])
-    if masks.size != size:
-        raise ValueError(f"pred_masks are {masks.size}, the image is {size} (H, W)")
+    found = masks.size if isinstance(masks, PackedMasks) else tuple(masks[0]["size"])
+    if found != size:
+        raise ValueError(f"pred_masks are {found}, the image is {size} (H, W)")
