@@ -52,11 +52,8 @@ def score_masks(found: Tensor, cells: Tensor, own: Tensor) -> tuple[Tensor, Tens
         float64 (N,) each: IoU with the object; share of the cells of all other objects that are in
         the mask, NaN for windows without such cells.
     """
-    rows = torch.arange(len(found))
-    target = cells[rows, own]
-    others = cells.clone()
-    others[rows, own] = False
-    foreign = others.any(dim=1) & ~target
+    target = cells[torch.arange(len(found)), own]
+    foreign = cells.any(dim=1) & ~target
     both, either, taken, there = (
         x.flatten(1).sum(dim=1).double()
         for x in (found & target, found | target, found & foreign, foreign)
