@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_util
 
 from unseg.layers import PackedMasks
-from unseg.structures import WindowMasks, encode_masks, window_masks
+from unseg.structures import WindowMasks, encode_masks, pasting
 
 SIZE = (37, 53)
 
@@ -87,7 +87,7 @@ def test_pixels_against_a_loop(align_corners, seed, cells, threshold):
     masks = WindowMasks(probabilities, boxes, SIZE, threshold, align_corners)
     assert_equal_but_ties(masks, values, threshold)
     # The form for GPUs, on the CPU.
-    batch = window_masks._paste_batch(probabilities, boxes, SIZE, threshold, align_corners)
+    batch = pasting.paste_batch(probabilities, boxes, SIZE, threshold, align_corners)
     assert_equal_but_ties(batch, values, threshold)
 
 
@@ -163,7 +163,7 @@ def test_all_forms_are_of_the_same_pixels(align_corners, seed, size):
         y, x = mask.nonzero(as_tuple=True)
         empty = not len(y)
         assert box == ([0] * 4 if empty else [x.min(), y.min(), x.max() + 1, y.max() + 1])
-    assert torch.equal(window_masks._bounds(dense), tight.tensor)
+    assert torch.equal(pasting.bounds(dense), tight.tensor)
     assert torch.equal(masks.get_bounding_boxes().tensor, tight.tensor)
 
 
@@ -341,6 +341,6 @@ def test_gpu_gives_the_same(align_corners):
     assert (there.tensor.cpu() != expected).sum() <= 2  # rounding at the threshold
     dense = there.tensor.cpu()
     assert there.to_rle() == encode_masks(dense)
-    assert torch.equal(there.tight_boxes().tensor.cpu(), window_masks._bounds(dense))
+    assert torch.equal(there.tight_boxes().tensor.cpu(), pasting.bounds(dense))
     assert torch.equal(there.pack().to("cpu").to_dense(), dense)
     assert torch.equal(there[torch.tensor([3, 1])].tensor.cpu(), dense[[3, 1]])
