@@ -1,6 +1,7 @@
 """InstanceFCN: planted objects are found where they are, training on images and on patches."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from PIL import Image
 from unseg.config import get_cfg
 from unseg.data import build_mapper
 from unseg.modeling import InstanceFCN
-from unseg.modeling.meta_arch.instance_fcn import CropTraining
+from unseg.modeling.proposals.deepmask_geometry import PatchGeometry
 from unseg.modeling.proposals.instance_fcn_losses import TrainingWindows
 from unseg.modeling.proposals.outputs import ProposalSettings
 
@@ -237,7 +238,7 @@ def test_losses_of_images_of_any_size(divisibility):
         assert losses[name].item() == pytest.approx(value, rel=1e-4)
 
 
-CROP = CropTraining(input_size=40, context=16, gt_size=5, object_size=round(40 / 1.3125))
+CROP = PatchGeometry(input_size=40, context=16, gt_size=5, object_size=round(40 / 1.3125))
 
 
 def test_patches_have_one_window_in_their_middle():
@@ -245,9 +246,9 @@ def test_patches_have_one_window_in_their_middle():
     offset = 4.0
     model = pooling_model([8], m=5, reader=False, crop=CROP, cell_offset=offset)
     with pytest.raises(ValueError, match=r"MODEL\.DEEPMASK\.CONTEXT 25: no cell is in the middle"):
-        pooling_model([8], m=5, crop=CropTraining(40, 25, 5, 30))
+        pooling_model([8], m=5, crop=replace(CROP, context=25))
     with pytest.raises(ValueError, match=r"MODEL\.DEEPMASK\.CONTEXT"):
-        pooling_model([8], m=5, crop=CropTraining(40, 24, 5, 30))
+        pooling_model([8], m=5, crop=replace(CROP, context=24))
     image = torch.randint(0, 256, (3, 96, 96)).float()
     row, column = 5, 6
     y, x = row * 8 + 4 - 28, column * 8 + 4 - 28
@@ -322,11 +323,10 @@ def test_patches_without_positives():
     ],
 )
 def test_patches_of_another_geometry_are_refused(changes, message):
-    good = {"input_size": 40, "context": 16, "gt_size": 5, "object_size": 30}
     with pytest.raises(ValueError, match=message):
-        pooling_model([8], m=5, crop=CropTraining(**(good | changes)))
+        pooling_model([8], m=5, crop=replace(CROP, **changes))
     with pytest.raises(ValueError, match=r"MODEL\.INSTANCE_FCN\.IN_FEATURES"):
-        pooling_model([8, 16], m=5, crop=CropTraining(**good))
+        pooling_model([8, 16], m=5, crop=CROP)
 
 
 def test_crop_training_of_the_config_takes_the_mapper_s_patches(tmp_path):

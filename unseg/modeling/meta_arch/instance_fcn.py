@@ -7,7 +7,6 @@ window, h w cells of a map.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from unseg.layers import resize_image, scaled_size
+from unseg.modeling.proposals.deepmask_geometry import PatchGeometry
 from unseg.modeling.proposals.instance_fcn_head import InstanceFCNHead, LevelMaps
 from unseg.modeling.proposals.instance_fcn_losses import TrainingWindows
 from unseg.modeling.proposals.outputs import ProposalSettings, as_outputs, make_proposals
@@ -27,58 +27,36 @@ from unseg.structures import WindowMasks
 _TRAIN_ON = ("image", "crop")
 
 
-@dataclass(frozen=True)
-class CropTraining:
-    """Geometry of the patches that "crop" trains on, MODEL.DEEPMASK's keys.
+def center_cell(geometry: PatchGeometry, head: InstanceFCNHead) -> int:
+    """Row and column of the cell in the middle of DeepMask's patches, on the map of a head.
 
-    Attributes:
-        input_size: side in pixels of the window in the middle of a patch.
-        context: how much larger the patch is.
-        gt_size: cells per side of a target.
-        object_size: longest side of the object in its place; 0: as DeepMask has it.
+    Raises:
+        ValueError: there is no such cell, or the patches are not of the head's windows; the
+            message names the config's keys.
     """
-
-    input_size: int
-    context: int
-    gt_size: int
-    object_size: int = 0
-
-    @property
-    def side(self) -> int:
-        """w."""
-        return self.input_size + self.context
-
-    def center_cell(self, head: InstanceFCNHead) -> int:
-        """Row and column of the cell in the middle of a patch.
-
-        Raises:
-            ValueError: there is no such cell, or the patches are not of the head's windows; the
-                message names the config's keys.
-        """
-        if len(head.levels) != 1:
+    if len(head.levels) != 1:
+        raise ValueError(
+            "MODEL.INSTANCE_FCN.TRAIN_ON crop needs one map in MODEL.INSTANCE_FCN.IN_FEATURES: "
+            f"{head.in_features}"
+        )
+    level, m = head.levels[0], head.m
+    for name, value, needed in (
+        ("INPUT_SIZE", geometry.input_size, m * level.stride),
+        ("GT_SIZE", geometry.gt_size, m),
+        ("OBJECT_SIZE", geometry.object_size, round(level.object_size)),
+    ):
+        if value != needed:
             raise ValueError(
-                "MODEL.INSTANCE_FCN.TRAIN_ON crop needs one map in MODEL.INSTANCE_FCN.IN_FEATURES: "
-                f"{head.in_features}"
+                f"MODEL.DEEPMASK.{name} must be {needed} with MODEL.INSTANCE_FCN.TRAIN_ON crop,"
+                f" M {m} and stride {level.stride}: {value}"
             )
-        level, m = head.levels[0], head.m
-        object_size = self.object_size or math.ceil(self.input_size * 128 / 224)
-        for name, value, needed in (
-            ("INPUT_SIZE", self.input_size, m * level.stride),
-            ("GT_SIZE", self.gt_size, m),
-            ("OBJECT_SIZE", object_size, round(level.object_size)),
-        ):
-            if value != needed:
-                raise ValueError(
-                    f"MODEL.DEEPMASK.{name} must be {needed} with MODEL.INSTANCE_FCN.TRAIN_ON crop,"
-                    f" M {m} and stride {level.stride}: {value}"
-                )
-        cell = (self.side / 2 - level.offset) / level.stride
-        if cell != int(cell) or self.context < 0:
-            raise ValueError(
-                f"MODEL.DEEPMASK.CONTEXT {self.context}: no cell is in the middle of a patch of "
-                f"{self.side} pixels (stride {level.stride}, first cell at {level.offset})"
-            )
-        return int(cell)
+    cell = (geometry.patch_size / 2 - level.offset) / level.stride
+    if cell != int(cell):
+        raise ValueError(
+            f"MODEL.DEEPMASK.CONTEXT {geometry.context}: no cell is in the middle of a patch of "
+            f"{geometry.patch_size} pixels (stride {level.stride}, first cell at {level.offset})"
+        )
+    return int(cell)
 
 
 @META_ARCH_REGISTRY.register()
@@ -97,7 +75,7 @@ class InstanceFCN(nn.Module):
         proposals: ProposalSettings,
         short_sides: Sequence[int],
         pre_nms_topk: int,
-        crop: CropTraining | None = None,
+        crop: PatchGeometry | None = None,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str = "RGB",
@@ -109,7 +87,7 @@ class InstanceFCN(nn.Module):
             proposals: how proposals are made of windows.
             short_sides: of the images in the test pyramid; empty: the image as it comes.
             pre_nms_topk: windows kept per scale and level.
-            crop: train on such patches; None: on images.
+            crop: train on such patches, with a target of m x m cells; None: on images.
             pixel_mean, pixel_std: normalisation of the input channels.
             input_format: "RGB" or "BGR", order of the input channels.
 
@@ -132,7 +110,7 @@ class InstanceFCN(nn.Module):
         self.short_sides = tuple(short_sides)
         self.pre_nms_topk = pre_nms_topk
         self.crop = crop
-        self.center_cell = None if crop is None else crop.center_cell(head)
+        self.center_cell = None if crop is None else center_cell(crop, head)
         self.input_format = input_format
         # So that each side of a map has a cell for every stride of the image that is begun.
         self.divisibility = math.lcm(
@@ -145,14 +123,11 @@ class InstanceFCN(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         backbone = build_backbone(cfg)
-        node, deepmask = cfg.MODEL.INSTANCE_FCN, cfg.MODEL.DEEPMASK
+        node = cfg.MODEL.INSTANCE_FCN
         if node.TRAIN_ON not in _TRAIN_ON:
             raise ValueError(
                 f"MODEL.INSTANCE_FCN.TRAIN_ON must be one of {_TRAIN_ON}: {node.TRAIN_ON!r}"
             )
-        crop = CropTraining(
-            deepmask.INPUT_SIZE, deepmask.CONTEXT, deepmask.GT_SIZE, deepmask.OBJECT_SIZE
-        )
         offsets = backbone.cell_offsets() if hasattr(backbone, "cell_offsets") else None
         return {
             "backbone": backbone,
@@ -160,7 +135,7 @@ class InstanceFCN(nn.Module):
             "proposals": ProposalSettings.from_node(node.TEST),
             "short_sides": node.TEST.SHORT_SIDES,
             "pre_nms_topk": node.TEST.PRE_NMS_TOPK,
-            "crop": crop if node.TRAIN_ON == "crop" else None,
+            "crop": PatchGeometry.from_config(cfg) if node.TRAIN_ON == "crop" else None,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
@@ -242,7 +217,7 @@ class InstanceFCN(nn.Module):
             for name in ("patches", "patch_masks", "patch_labels")
         )
         for name, found, needed in (
-            ("patches", patches, self.crop.side),
+            ("patches", patches, self.crop.patch_size),
             ("patch_masks", masks, self.head.m),
         ):
             if tuple(found.shape[-2:]) != (needed, needed):
