@@ -202,6 +202,10 @@ def test_it_is_registered_and_its_errors_name_the_key(cfg):
     assert (generator.pre_nms_topk, generator.proposals.topk) == (40, 30)
     with pytest.raises(ValueError, match=r"MODEL\.INSTANCE_FCN\.IN_FEATURES"):
         build_proposal_generator(cfg, {"res4": shapes["p4"]})
+    cfg.MODEL.INSTANCE_FCN.TRAIN_ON = "crop"
+    with pytest.raises(ValueError, match=r"MODEL\.INSTANCE_FCN\.TRAIN_ON must be 'image' .*'crop'"):
+        build_proposal_generator(cfg, shapes)
+    cfg.MODEL.INSTANCE_FCN.TRAIN_ON = "image"
     cfg.MODEL.INSTANCE_FCN.TEST.PRE_NMS_TOPK = 0
     with pytest.raises(ValueError, match=r"MODEL\.INSTANCE_FCN\.TEST\.PRE_NMS_TOPK"):
         build_proposal_generator(cfg, shapes)

@@ -25,7 +25,8 @@ class InstanceFCNProposalGenerator(nn.Module):
     It answers as Detectron2's ``RPN`` does and takes ``MODEL.INSTANCE_FCN`` instead of
     ``MODEL.RPN``, with the same numbers of proposals in training and testing. It is not told of
     crowds, so windows in them are negative; nor of where a backbone's cells lie, which is half a
-    stride from the border unless MODEL.INSTANCE_FCN.CELL_OFFSET says otherwise.
+    stride from the border unless MODEL.INSTANCE_FCN.CELL_OFFSET says otherwise. It makes no image
+    pyramid: SHORT_SIDES is not read.
     """
 
     @configurable
@@ -50,11 +51,16 @@ class InstanceFCNProposalGenerator(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
-        test = cfg.MODEL.INSTANCE_FCN.TEST
+        node = cfg.MODEL.INSTANCE_FCN
+        if node.TRAIN_ON != "image":
+            raise ValueError(
+                "MODEL.INSTANCE_FCN.TRAIN_ON must be 'image' for a proposal generator: "
+                f"{node.TRAIN_ON!r}"
+            )
         return {
             "head": InstanceFCNHead(cfg, input_shape),
-            "proposals": ProposalSettings.from_node(test),
-            "pre_nms_topk": test.PRE_NMS_TOPK,
+            "proposals": ProposalSettings.from_node(node.TEST),
+            "pre_nms_topk": node.TEST.PRE_NMS_TOPK,
         }
 
     def forward(
