@@ -351,6 +351,14 @@ def test_bad_arguments(register):
             ["MODEL.META_ARCHITECTURE", "ProposalNetwork", "MODEL.RPN.POST_NMS_TOPK_TEST", 300],
             "MODEL.RPN.POST_NMS_TOPK_TEST 300 is",
         ),
+        (
+            [
+                *("MODEL.META_ARCHITECTURE", "ProposalNetwork"),
+                *("MODEL.PROPOSAL_GENERATOR.NAME", "InstanceFCNProposalGenerator"),
+                *("MODEL.RPN.POST_NMS_TOPK_TEST", 300, "MODEL.INSTANCE_FCN.TEST.TOPK", 400),
+            ],
+            "MODEL.INSTANCE_FCN.TEST.TOPK 400 is",
+        ),
     ],
 )
 def test_caps_of_the_config(register, caplog, options, key):

@@ -413,11 +413,13 @@ class ProposalRecallEvaluator(DatasetEvaluator):
 
 def _own_cap(cfg: CfgNode) -> tuple[str, int]:
     """The key that limits how many proposals the model of a config gives, and its value."""
+    fcn = "MODEL.INSTANCE_FCN.TEST.TOPK"
+    own_generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME == "InstanceFCNProposalGenerator"
     keys = {
         "DeepMask": "MODEL.DEEPMASK.TEST.TOPK",
         "SharpMask": "MODEL.DEEPMASK.TEST.TOPK",
-        "InstanceFCN": "MODEL.INSTANCE_FCN.TEST.TOPK",
-        "ProposalNetwork": "MODEL.RPN.POST_NMS_TOPK_TEST",
+        "InstanceFCN": fcn,
+        "ProposalNetwork": fcn if own_generator else "MODEL.RPN.POST_NMS_TOPK_TEST",
     }
     key = keys.get(cfg.MODEL.META_ARCHITECTURE, "TEST.DETECTIONS_PER_IMAGE")
     return key, functools.reduce(lambda node, name: node[name], key.split("."), cfg)
