@@ -35,7 +35,7 @@ from unseg.engine import ProposalFilesJob, Trainer, images_of_dataset
 from unseg.engine.proposal_files import proposals_of
 from unseg.evaluation import ProposalRecallEvaluator
 from unseg.evaluation.recall import AUC_COUNTS
-from unseg.structures import encode_masks
+from unseg.structures import WindowMasks, encode_masks
 
 MASK_FILES = [f"mask_proposals-{n:05d}.json" for n in range(3)]
 ALL_FILES = {*MASK_FILES, "box_proposals.pkl", "manifest.json"}
@@ -233,7 +233,7 @@ class Sometimes(ToyProposer):
 def test_masks_of_some_images_only(config, dataset, tmp_path):
     with pytest.raises(ValueError, match="of 5 images have masks, those of 1 do not"):
         run(config, dataset, tmp_path / "x", Sometimes())
-    assert not (tmp_path / "x/box_proposals.pkl").exists()
+    assert list((tmp_path / "x").iterdir()) == []
 
 
 class OneLess(ToyProposer):
@@ -330,6 +330,15 @@ def test_boxes_of_masks_and_proposals_before_instances():
         (
             {"scores": torch.tensor([0.5] * 2), "pred_masks": encode_masks(two_masks((20, 31)))},
             r"\[20, 31\], its image \[20, 30\]",
+        ),
+        (
+            {
+                "scores": torch.tensor([0.5]),
+                "pred_masks": WindowMasks(
+                    torch.ones(1, 2, 2), torch.tensor([[1.0, 1, 9, 9]]), (20, 31)
+                ),
+            },
+            r"\(20, 31\), the image is \(20, 30\)",
         ),
     ],
 )

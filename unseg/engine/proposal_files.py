@@ -31,7 +31,7 @@ from unseg.engine.dataset_job import DatasetJob, ImageSource, LoadedUnit
 from unseg.engine.find_masks import run_job
 from unseg.evaluation.coco_records import to_rle
 from unseg.layers import PackedMasks
-from unseg.structures import RLE, encode_masks
+from unseg.structures import RLE, WindowMasks, encode_masks
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +140,10 @@ def _logits_and_scores(fields: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def _encode(masks: Any, size: tuple[int, int]) -> list[RLE]:
     """Compressed encodings of masks in any of the forms that models give, a part at a time."""
-    if hasattr(masks, "to_rle"):
-        return masks.to_rle()
+    if isinstance(masks, WindowMasks):
+        if masks.image_size != size:
+            raise ValueError(f"pred_masks are {masks.image_size}, the image is {size} (H, W)")
+        return masks.to_rle()  # not through `.tensor`, which pastes all of them at once
     if isinstance(masks, Sequence):
         return [to_rle(mask, *size, "a proposal") for mask in masks]
     if not isinstance(masks, PackedMasks):
@@ -278,6 +280,7 @@ class ProposalFilesJob(DatasetJob[ProposalCounts]):
                         separator = ",\n"
                 file.write("[]\n" if separator == "[\n" else "\n]\n")
         if all(with_masks.values()):
+            self._remove_files()
             raise ValueError(
                 f"the proposals of {with_masks[True]} images have masks, those of "
                 f"{with_masks[False]} do not"
