@@ -109,6 +109,16 @@ def test_all_weights_find_their_place(files):
             assert torch.equal(module.state_dict()[key], value)
 
 
+def test_masks_of_a_sharpmask(files, tmp_path):
+    """Its head has no mask layer."""
+    folder, models = files
+    state = {k: v for k, v in models["masks"].state_dict().items() if "head.mask." not in k}
+    state["refinement.predict.bias"] = torch.ones(1)
+    torch.save(state, tmp_path / "sharp.pth")
+    merged = merge_scorer(tmp_path / "sharp.pth", folder / "scores.pth")["model"]
+    assert merged.keys() >= state.keys() | {"scorer.head.score.fc1.weight"}
+
+
 def test_pickles_of_arrays_and_bare_dicts(files, tmp_path):
     folder, models = files
     state = models["scores"].state_dict()
@@ -143,6 +153,9 @@ def test_what_does_not_fit_is_refused(files, tmp_path):
         refused({"model": fewer}, r"only one of them has backbone\.res3\.0\.conv1", swap)
         other = state | {"head.embed.weight": torch.zeros(16, 8, 5, 5)}
         refused({"model": other}, r"head\.embed\.weight has shape", swap)
+        # HEAD paper: a layer in its score branch that the shared head lacks.
+        paper = state | {"head.score.embed.weight": torch.zeros(16, 32, 2, 2)}
+        refused({"model": paper}, r"only one of them has head\.score\.embed\.weight", swap)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         merge_scorer(good, tmp_path / "nowhere.pth")
 

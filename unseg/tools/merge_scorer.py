@@ -42,6 +42,11 @@ def _weights(path: str | os.PathLike) -> dict[str, Tensor]:
     return weights
 
 
+def _layers(weights: dict[str, Tensor]) -> set[str]:
+    """Names in trunk and head, without the mask layer: the head of a SharpMask has none."""
+    return {n for n in weights if n.startswith(_PARTS) and not n.startswith("head.mask.")}
+
+
 def merge_scorer(masks: str | os.PathLike, scores: str | os.PathLike) -> dict[str, Any]:
     """A checkpoint with the weights of `masks`, and trunk and head of `scores` as ``scorer.*``.
 
@@ -54,19 +59,18 @@ def merge_scorer(masks: str | os.PathLike, scores: str | os.PathLike) -> dict[st
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: a file is damaged or no DeepMask, has a scorer already, or the two are of
-            different configs: a weight that both have differs in shape, or a trunk's is missing.
+            different configs: a weight that both have differs in shape, or one of trunk or head is
+            missing in one of them.
     """
     first, second = _weights(masks), _weights(scores)
     second = {name: value for name, value in second.items() if name.startswith(_PARTS)}
     for name, value in second.items():
-        # A SharpMask has no mask layer in its head.
         if name in first and first[name].shape != value.shape:
             raise CheckpointError(
                 f"{name} has shape {tuple(first[name].shape)} in {masks} and "
                 f"{tuple(value.shape)} in {scores}: they are of different configs"
             )
-    trunks = [{n for n in w if n.startswith("backbone.")} for w in (first, second)]
-    if other := sorted(trunks[0] ^ trunks[1]):
+    if other := sorted(_layers(first) ^ _layers(second)):
         raise CheckpointError(
             f"{masks} and {scores} are of different configs: only one of them has "
             f"{', '.join(other[:3])}" + (f" and {len(other) - 3} more" if len(other) > 3 else "")
