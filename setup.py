@@ -139,6 +139,7 @@ setup(
         "demo": ["scikit-image", "faster-coco-eval"],
         "test": [
             "pytest",
+            "pytest-xdist",  # dev/test.sh deals the tests to two processes
             "hypothesis",
             "scikit-image",
             "faster-coco-eval",
