@@ -85,6 +85,8 @@ def test_same_data_and_schedule(path):
     empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     assert lazy.dataloader.train.dataset.filter_empty is empty is False
     assert lazy.dataloader.train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
+    grouping = lazy.dataloader.train.get("aspect_ratio_grouping", True)
+    assert grouping == cfg.DATALOADER.ASPECT_RATIO_GROUPING
     assert lazy.train.max_iter == lazy.train.eval_period == cfg.SOLVER.MAX_ITER
     assert lazy.train.checkpointer.period == cfg.SOLVER.CHECKPOINT_PERIOD
     schedule = lazy.lr_multiplier.scheduler

@@ -94,6 +94,7 @@ dataloader = {
         ),
         # Batches of 32 patches.
         total_batch_size=8,
+        aspect_ratio_grouping=False,
         num_workers=4,
     ),
     "test": L(build_detection_test_loader)(
