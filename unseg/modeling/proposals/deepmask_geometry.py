@@ -4,13 +4,14 @@ Source: Pinheiro et al., "Learning to segment object candidates" (NeurIPS 2015),
 3.3. Pixel p covers [p, p + 1); boxes are XYXY.
 """
 
-import math
 from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
-# What lies outside an image, in raw pixel values.
-GREY = 127.5
+from unseg.data.patches import canonical_object_size
+from unseg.data.square_crop import GREY
+
+__all__ = ["GREY", "PatchGeometry"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class PatchGeometry:
                     f"MODEL.DEEPMASK.{key.upper()} must not be negative: {getattr(self, key)}"
                 )
         if not self.object_size:
-            object.__setattr__(self, "object_size", math.ceil(self.input_size * 128 / 224))
+            object.__setattr__(self, "object_size", canonical_object_size(self.input_size))
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "PatchGeometry":
