@@ -7,6 +7,7 @@ Legend: P patches of an image, w side of the network's input, g side of the targ
 
 import copy
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from unseg.data.image import read_image
 from unseg.data.mappers.registry import MAPPERS
 from unseg.data.patches import ImageObjects, Patch, PatchSettings, collect_objects, draw_patches
 from unseg.data.square_crop import crop_mask, crop_square
+
+logger = logging.getLogger(__name__)
 
 _SAMPLINGS = ("image", "annotation")
 _EVALUATOR = "PatchMaskEvaluator"
@@ -144,6 +147,8 @@ class DeepMaskPatchMapper:
         """
         if self.sampling == "image":
             return None
+        # Polygons are rasterised to see their size: minutes for a data set as large as COCO.
+        logger.info("Looking for usable annotations in %d images", len(dicts))
         images, numbers, categories = [], [], []
         for i, record in enumerate(dicts):
             annotations = record.get("annotations", [])
@@ -161,6 +166,7 @@ class DeepMaskPatchMapper:
                 "MODEL.DEEPMASK.DATA.SAMPLING annotation: the training data have no usable one "
                 "(see CATEGORY_SUBSET, MIN_AREA and MIN_SIDE)"
             )
+        logger.info("%d annotations in %d images are usable", len(images), len(set(images)))
         return uniform_over_categories(images, numbers, categories)
 
     def _generator(self, image_id: Any) -> np.random.Generator:
