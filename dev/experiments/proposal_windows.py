@@ -17,7 +17,6 @@ from pycocotools import mask as mask_util
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from unseg.layers import scaled_size
 from unseg.modeling.meta_arch.instance_fcn import InstanceFCN
 from unseg.modeling.proposals.instance_fcn_head import InstanceFCNHead, LevelMaps
 from unseg.modeling.proposals.instance_fcn_windows import assemble_windows, grid_cells
@@ -141,7 +140,6 @@ def _score_image(
     if not annotations:
         return []
     size = (record["height"], record["width"])
-    sizes = [scaled_size(size, side / min(size)) for side in model.short_sides] or [size]
     encoded = [annotation["segmentation"] for annotation in annotations]
     masks = torch.from_numpy(mask_util.decode(encoded).transpose(2, 0, 1).astype(bool))
     boxes = torch.from_numpy(np.array([a["bbox"] for a in annotations], np.float32))
@@ -150,7 +148,7 @@ def _score_image(
     threshold = model.proposals.mask_threshold
     return [
         scored
-        for resized, of_scale in zip(sizes, maps, strict=True)
+        for resized, of_scale in zip(model.test_sizes(size), maps, strict=True)
         for scored in positive_windows(
             model.head, of_scale, resized, masks, boxes, chosen, threshold
         )

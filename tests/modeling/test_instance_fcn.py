@@ -193,17 +193,30 @@ def best_of(model, image, height, width):
 
 
 def test_the_outputs_have_stock_fields_after_nms_over_all_scales():
-    model = pooling_model([8], short_sides=(96, 96), proposals=ProposalSettings(nms_type="none"))
+    model = pooling_model([8], short_sides=(96, 97), proposals=ProposalSettings(nms_type="none"))
     image = paint((96, 128), (40, 32, 88, 64), (56, 40, 72, 56))
     (everything,) = model([{"image": image}])
     model.proposals = BOX
     (outputs,) = model([{"image": image}])
     proposals, instances = outputs["proposals"], outputs["instances"]
-    assert len(proposals) < len(everything["proposals"]) / 2  # both scales are the same
+    assert len(proposals) < len(everything["proposals"]) / 2  # both scales are nearly the same
     assert set(proposals.get_fields()) == {"proposal_boxes", "objectness_logits", "pred_masks"}
     assert set(instances.get_fields()) == {"pred_boxes", "scores", "pred_classes", "pred_masks"}
     assert torch.equal(instances.scores, proposals.objectness_logits.sigmoid())
     assert proposals.pred_masks.tensor.flatten(1).any(dim=1).all()
+
+
+def test_panoramas_have_no_larger_images_than_others():
+    """Else the pyramid of a line of 500 pixels would be 450,000 pixels wide."""
+    cfg = vgg_config()
+    cfg.MODEL.INSTANCE_FCN.TEST.SHORT_SIDES = (100, 300, 600)
+    cfg.MODEL.INSTANCE_FCN.TEST.MAX_SIZE = 1000
+    model = build_model(cfg)
+    assert model.test_sizes((480, 640)) == [(100, 133), (300, 400), (600, 800)]
+    assert model.test_sizes((400, 100)) == [(400, 100), (1000, 250)]
+    assert model.test_sizes((1, 500)) == [(2, 1000)]
+    cfg.MODEL.INSTANCE_FCN.TEST.SHORT_SIDES = ()
+    assert build_model(cfg).test_sizes((1, 5000)) == [(1, 5000)]
 
 
 def batch(*sizes, seed=0):
@@ -415,6 +428,7 @@ def test_bad_input(make_config):
     [
         ("TRAIN_ON", "patch", r"MODEL\.INSTANCE_FCN\.TRAIN_ON must be one of .* 'patch'"),
         ("TEST.SHORT_SIDES", (0, 100), r"MODEL\.INSTANCE_FCN\.TEST\.SHORT_SIDES"),
+        ("TEST.MAX_SIZE", 0, r"MODEL\.INSTANCE_FCN\.TEST\.MAX_SIZE"),
         ("TEST.PRE_NMS_TOPK", 0, r"MODEL\.INSTANCE_FCN\.TEST\.PRE_NMS_TOPK"),
         ("TEST.NMS_TYPE", "boxes", "NMS_TYPE"),
         ("IN_FEATURES", ("res4",), r"MODEL\.INSTANCE_FCN\.IN_FEATURES .*conv5.*res4"),

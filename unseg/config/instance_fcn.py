@@ -46,6 +46,8 @@ def add_instance_fcn_config(cfg: CfgNode) -> None:
     test = node.TEST = CfgNode()
     # Short sides of the image pyramid. Empty: the image as it comes.
     test.SHORT_SIDES = (119, 178, 267, 400, 600, 900)
+    # Longest side of the pyramid's images: a panorama's are smaller than SHORT_SIDES says.
+    test.MAX_SIZE = 2000
     # Windows kept per scale (and level) before NMS.
     test.PRE_NMS_TOPK = 1000
     # NMS "none", on tight "box"es (paper) or on "mask"s.

@@ -69,6 +69,7 @@ model = L(InstanceFCN)(
         topk=1000, mask_threshold=0.5, nms_type="box", nms_threshold=0.8
     ),
     short_sides=[119, 178, 267, 400, 600, 900],
+    max_size=2000,
     pre_nms_topk=1000,
     pixel_mean=[123.675, 116.28, 103.53],
     pixel_std=[58.395, 57.12, 57.375],

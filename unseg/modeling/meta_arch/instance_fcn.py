@@ -74,6 +74,7 @@ class InstanceFCN(nn.Module):
         head: InstanceFCNHead,
         proposals: ProposalSettings,
         short_sides: Sequence[int],
+        max_size: int = 2000,
         pre_nms_topk: int,
         crop: PatchGeometry | None = None,
         pixel_mean: Sequence[float],
@@ -86,6 +87,7 @@ class InstanceFCN(nn.Module):
             head: the two branches.
             proposals: how proposals are made of windows.
             short_sides: of the images in the test pyramid; empty: the image as it comes.
+            max_size: longest side of the images in the pyramid.
             pre_nms_topk: windows kept per scale and level.
             crop: train on such patches, with a target of m x m cells; None: on images.
             pixel_mean, pixel_std: normalisation of the input channels.
@@ -100,6 +102,8 @@ class InstanceFCN(nn.Module):
             raise ValueError(
                 f"MODEL.INSTANCE_FCN.TEST.SHORT_SIDES must be positive: {tuple(short_sides)}"
             )
+        if max_size < 1:
+            raise ValueError(f"MODEL.INSTANCE_FCN.TEST.MAX_SIZE must be positive: {max_size}")
         if pre_nms_topk < 1:
             raise ValueError(
                 f"MODEL.INSTANCE_FCN.TEST.PRE_NMS_TOPK must be positive: {pre_nms_topk}"
@@ -108,6 +112,7 @@ class InstanceFCN(nn.Module):
         self.head = head
         self.proposals = proposals
         self.short_sides = tuple(short_sides)
+        self.max_size = max_size
         self.pre_nms_topk = pre_nms_topk
         self.crop = crop
         self.center_cell = None if crop is None else center_cell(crop, head)
@@ -134,6 +139,7 @@ class InstanceFCN(nn.Module):
             "head": InstanceFCNHead(cfg, backbone.output_shape(), offsets),
             "proposals": ProposalSettings.from_node(node.TEST),
             "short_sides": node.TEST.SHORT_SIDES,
+            "max_size": node.TEST.MAX_SIZE,
             "pre_nms_topk": node.TEST.PRE_NMS_TOPK,
             "crop": PatchGeometry.from_config(cfg) if node.TRAIN_ON == "crop" else None,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -226,11 +232,13 @@ class InstanceFCN(nn.Module):
                 )
         return self.head.patch_windows(self._maps(patches), self.center_cell, masks, labels)
 
-    def _test_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Heights and widths of the images in the pyramid of an image of that size."""
+    def test_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Heights and widths, all different, of the pyramid's images of an image of that size."""
         if not self.short_sides:
             return [size]
-        return [scaled_size(size, side / min(size)) for side in self.short_sides]
+        most = self.max_size / max(size)
+        sizes = [scaled_size(size, min(side / min(size), most)) for side in self.short_sides]
+        return list(dict.fromkeys(sizes))
 
     @torch.no_grad()
     def _infer(self, x: dict[str, Any]) -> dict[str, Instances]:
@@ -238,7 +246,7 @@ class InstanceFCN(nn.Module):
         size = tuple(image.shape[-2:])
         output_size = (x.get("height", size[0]), x.get("width", size[1]))
         logits, masks = [], []
-        for resized in self._test_sizes(size):
+        for resized in self.test_sizes(size):
             maps = self._maps(resize_image(image, resized)[None])
             (found,) = self.head.ranked_windows(maps, [resized], self.pre_nms_topk)
             boxes = to_output(found.boxes, resized, output_size)
