@@ -287,6 +287,14 @@ def test_head_mask_of_the_checkpoint_changes_nothing(tmp_path):
     assert torch.equal(*found)
 
 
+def test_a_trunk_that_nobody_trained_is_warned_about(caplog):
+    build()
+    assert "MODEL.WEIGHTS is empty" in caplog.text
+    caplog.clear()
+    build(MODEL__WEIGHTS="deepmask.pth")
+    assert "MODEL.WEIGHTS" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -6,6 +6,7 @@ its released variant (specs/proposals.md, section 1.8).
 Legend: B images or patches, N windows, E embedding, m pixels per side of a mask.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from unseg.modeling.proposals.deepmask_heads import (
     convolve_at,
 )
 from unseg.modeling.proposals.refinement import Refinement
+
+logger = logging.getLogger(__name__)
 
 _FEATURES = "MODEL.SHARPMASK.IN_FEATURES"
 
@@ -99,6 +102,8 @@ class SharpMask(DeepMask):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.SHARPMASK
+        if not cfg.MODEL.WEIGHTS:
+            logger.warning("MODEL.WEIGHTS is empty: SharpMask refines a DeepMask that was trained")
         arguments = super().from_config(cfg)
         head = arguments["head"]
         _check_head(head)
