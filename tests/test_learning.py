@@ -40,3 +40,30 @@ def test_the_demo_shows_that_self_training_on_free_masks_pays(tmp_path):
     pictures = sorted(p.name for p in (tmp_path / "demo/pictures").iterdir())
     assert len(pictures) == 20
     assert all(f"pictures/{name}" in page for name in pictures)
+
+
+@pytest.mark.slow
+def test_proposal_nets_learn_and_one_score_map_cannot_separate(tmp_path):
+    """dev/experiments/proposals.py, one seed: nets beat blind windows, k = 3 separates objects."""
+    arms = ("sliding", "deepmask", "instance_fcn_k1", "instance_fcn_k3")
+    command = [sys.executable, "dev/experiments/proposals.py", "--output", str(tmp_path / "out")]
+    command += ["--seeds", "1", "--arms", *arms]
+    logs = [open(tmp_path / f"{n}.log", "w+") for n in range(2)]
+    sharing = [subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT) for log in logs]
+    for process, log in zip(sharing, logs):
+        status = process.wait()
+        log.seek(0)
+        assert status == 0, log.read()[-3000:]
+        log.close()
+    numbers = {
+        table: json.loads((tmp_path / f"out/{table}/results.json").read_text())["numbers"]
+        for table in ("recall", "touching")
+    }
+    recall = {arm: numbers["recall"][arm]["1"] for arm in arms}
+    for arm in ("deepmask", "instance_fcn_k3"):
+        assert recall[arm]["AR@10"] >= max(25, 5 * recall["sliding"]["AR@10"])
+        assert recall[arm]["AR@100"] >= max(35, 1.5 * recall["sliding"]["AR@100"])
+    one, three = (numbers["touching"][f"instance_fcn_k{k}"]["1"] for k in (1, 3))
+    assert three["touching AR@10"] >= one["touching AR@10"] + 7
+    assert three["foreign"] < one["foreign"] / 2
+    assert three["window IoU"] >= one["window IoU"] + 7
