@@ -23,15 +23,14 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import BoxMode, Instances
-from pycocotools import mask as mask_util
 from torch import Tensor, nn
 
 from unseg.checkpoint import atomic_write
 from unseg.engine.dataset_job import DatasetJob, ImageSource, LoadedUnit
 from unseg.engine.find_masks import run_job
 from unseg.evaluation.coco_records import to_rle
-from unseg.layers import PackedMasks
-from unseg.structures import RLE, WindowMasks, encode_masks
+from unseg.evaluation.predicted_masks import encode_predicted_masks, tight_boxes
+from unseg.structures import RLE
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ MASK_FILES = "mask_proposals-{:05d}.json"
 _FORMAT = "unseg proposals 1"
 # Probabilities nearer to 0 and 1 than this become those of a logit of -16.1 and 16.1.
 _CLAMP = 1e-7
-_ENCODED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def proposals_of(output: dict[str, Any], size: tuple[int, int]) -> RankedProposa
     if boxes is not None:
         corners = boxes.tensor.detach().cpu().float()[order].numpy()
     elif masks is not None:
-        corners = _tight_boxes(masks)
+        corners = tight_boxes(masks).float().numpy()
     else:
         raise ValueError(f"proposals need boxes or masks; they have {sorted(fields)}")
     if not np.isfinite(corners).all():
@@ -139,28 +137,14 @@ def _logits_and_scores(fields: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _encode(masks: Any, size: tuple[int, int]) -> list[RLE]:
-    """Compressed encodings of masks in any of the forms that models give, a part at a time."""
-    if isinstance(masks, WindowMasks):
-        if masks.image_size != size:
-            raise ValueError(f"pred_masks are {masks.image_size}, the image is {size} (H, W)")
-        return masks.to_rle()  # not through `.tensor`, which pastes all of them at once
+    """Checked, compressed encodings of masks in any of the forms that models give."""
+    encoded = encode_predicted_masks(masks)
     if isinstance(masks, Sequence):
-        return [to_rle(mask, *size, "a proposal") for mask in masks]
-    if not isinstance(masks, PackedMasks):
-        masks = getattr(masks, "tensor", masks)  # BitMasks
-    if tuple(masks.shape[1:]) != size:
-        raise ValueError(f"pred_masks are {tuple(masks.shape[1:])}, the image is {size} (H, W)")
-    encoded: list[RLE] = []
-    for start in range(0, len(masks), _ENCODED_AT_ONCE):
-        part = masks[start : start + _ENCODED_AT_ONCE]
-        encoded += encode_masks(part.to_dense() if isinstance(part, PackedMasks) else part)
+        return [to_rle(rle, *size, "a proposal") for rle in encoded]
+    if encoded and tuple(encoded[0]["size"]) != size:
+        found = tuple(encoded[0]["size"])
+        raise ValueError(f"pred_masks are {found}, the image is {size} (H, W)")
     return encoded
-
-
-def _tight_boxes(masks: list[RLE]) -> np.ndarray:
-    """float32 (N, 4) XYXY."""
-    xywh = mask_util.toBbox(masks).reshape(-1, 4) if masks else np.zeros((0, 4))
-    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32)
 
 
 class _Proposer:

@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog
@@ -36,8 +35,8 @@ from unseg.evaluation.coco_records import (
     dataset_ground_truth,
     tasks_of_ground_truth,
 )
-from unseg.layers.packed_masks import PackedMasks
-from unseg.structures import WindowMasks, encode_masks
+from unseg.evaluation.predicted_masks import encode_predicted_masks
+from unseg.structures import RLE
 
 logger = logging.getLogger(__name__)
 
@@ -62,27 +61,11 @@ def output_folder(cfg: CfgNode, dataset_name: str) -> str:
     )
 
 
-def _encode(masks: Any, image_id: Any) -> list[dict[str, Any]]:
-    """COCO encodings, with str counts, of masks of any form that is allowed, or of encodings."""
-    if isinstance(masks, WindowMasks):
-        masks = masks.to_rle()  # not through `.tensor`, which pastes all of them at once
-    masks = getattr(masks, "tensor", masks)  # BitMasks
-    masks = masks.to_dense() if isinstance(masks, PackedMasks) else masks
-    if isinstance(masks, torch.Tensor | np.ndarray):
-        if masks.ndim != 3 or masks.dtype not in (torch.bool, torch.uint8, np.bool_, np.uint8):
-            raise ValueError(
-                f"image {image_id!r}: pred_masks must be bool of shape (N, H, W), got "
-                f"{masks.dtype} of shape {tuple(masks.shape)}"
-            )
-        masks = encode_masks(masks)
-    encodings = []
-    for rle in masks:
-        if not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
-            raise ValueError(f"image {image_id!r}: pred_masks are neither a tensor nor encodings")
-        counts = rle["counts"]
-        counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
-        encodings.append({"size": list(rle["size"]), "counts": counts})
-    return encodings
+def _with_text(rle: RLE) -> RLE:
+    """An encoding that JSON can hold."""
+    counts = rle["counts"]
+    counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
+    return {"size": list(rle["size"]), "counts": counts}
 
 
 def instances_to_results(instances: Instances, image_id: Any) -> list[Annotation]:
@@ -121,8 +104,12 @@ def instances_to_results(instances: Instances, image_id: Any) -> list[Annotation
         for result, box in zip(results, xywh, strict=True):
             result["bbox"] = box
     if masks is not None:
-        for result, rle in zip(results, _encode(masks, image_id), strict=True):
-            result["segmentation"] = rle
+        try:
+            encodings = encode_predicted_masks(masks)
+        except ValueError as error:
+            raise ValueError(f"image {image_id!r}: {error}") from error
+        for result, rle in zip(results, encodings, strict=True):
+            result["segmentation"] = _with_text(rle)
     if "pred_classes" in fields:
         # Classes decide nothing but the order of equal scores, as they do under useCats=0.
         order = torch.argsort(fields["pred_classes"].cpu(), stable=True).tolist()

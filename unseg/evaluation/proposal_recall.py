@@ -20,17 +20,15 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
-from pycocotools import mask as mask_util
 from tabulate import tabulate
-from torch import Tensor
 
-from unseg.discovery.rle import covers
 from unseg.evaluation.build import EVALUATORS
 from unseg.evaluation.coco_records import (
     dataset_ground_truth,
     prepare_ground_truth,
     tasks_of_ground_truth,
 )
+from unseg.evaluation.predicted_masks import comparable_masks, predicted_mask_iou, tight_boxes
 from unseg.evaluation.recall import (
     AREA_RANGES,
     AUC_COUNTS,
@@ -41,11 +39,10 @@ from unseg.evaluation.recall import (
     check_caps,
     counted_by_size,
     exact_box_iou,
-    exact_mask_iou,
     match_ranks,
 )
-from unseg.layers import PackedMasks, pack_masks, run_lengths
-from unseg.structures import RLE, WindowMasks
+from unseg.layers import PackedMasks
+from unseg.structures import RLE
 
 logger = logging.getLogger(__name__)
 
@@ -129,73 +126,13 @@ def ranked_proposals(instances: Instances, limit: int) -> Proposals:
     if "pred_classes" in fields:
         order = torch.argsort(fields["pred_classes"].cpu(), stable=True)
     order = order[torch.argsort(-scores[order], stable=True)][:limit]
-    comparable = None if masks is None else _comparable(masks, tuple(instances.image_size))
-    tensor = (_tight_boxes(comparable) if boxes is None else boxes.tensor.detach()).cpu()[order]
+    comparable = None if masks is None else comparable_masks(masks, tuple(instances.image_size))
+    tensor = (tight_boxes(comparable) if boxes is None else boxes.tensor.detach()).cpu()[order]
     if not torch.isfinite(tensor).all():
         raise ValueError("boxes are NaN/inf")
     # In the boxes' own precision, as in the results files of this package and Detectron2.
     xywh = BoxMode.convert(tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     return Proposals(order.numpy(), xywh.double().numpy(), comparable)
-
-
-def _comparable(masks: Any, size: tuple[int, int]) -> PackedMasks | list[RLE]:
-    """Well-formed compressed encodings as they are: to compare a thousand of them with few objects
-    takes less time than to decode them. All other masks as bits."""
-    if isinstance(masks, list) and masks and all(_is_compressed(mask, size) for mask in masks):
-        counts = [run_lengths.to_bytes(mask["counts"]) for mask in masks]
-        if covers(counts, [size[0] * size[1]] * len(counts)).all():
-            return masks
-    return _pack(masks, size)
-
-
-def _is_compressed(mask: Any, size: tuple[int, int]) -> bool:
-    return (
-        isinstance(mask, dict)
-        and isinstance(mask.get("counts"), str | bytes)
-        and isinstance(mask.get("size"), list | tuple)
-        and tuple(mask["size"]) == size
-    )
-
-
-def _tight_boxes(masks: PackedMasks | list[RLE]) -> Tensor:
-    """XYXY (N, 4) in pixels, 0 where a mask is empty."""
-    if isinstance(masks, PackedMasks):
-        return masks.box
-    xywh = torch.from_numpy(mask_util.toBbox(masks))
-    return BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-
-
-def _mask_iou(masks: PackedMasks | list[RLE], objects: list[RLE]) -> np.ndarray:
-    """Exact IoU of all pairs, float64 (N, G)."""
-    if isinstance(masks, PackedMasks):
-        return exact_mask_iou(masks, _pack_objects(objects, masks))
-    # pycocotools divides the same two integers.
-    return mask_util.iou(masks, objects, [0] * len(objects))
-
-
-def _pack(masks: Any, size: tuple[int, int]) -> PackedMasks:
-    """Masks of any of the forms above, of the image's size."""
-    if isinstance(masks, WindowMasks):
-        masks = masks.pack()  # not through `.tensor`, which pastes all of them at once
-    masks = getattr(masks, "tensor", masks)  # BitMasks
-    masks = torch.from_numpy(masks) if isinstance(masks, np.ndarray) else masks
-    if isinstance(masks, Sequence) and not len(masks):
-        masks = torch.zeros((0, *size), dtype=torch.bool)
-    try:
-        packed = pack_masks(masks)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"pred_masks: {error}") from error
-    if packed.size != size:
-        raise ValueError(f"pred_masks are {packed.size}, the proposals' image is {size} (H, W)")
-    return packed
-
-
-def _pack_objects(masks: list[RLE], like: PackedMasks) -> PackedMasks:
-    """Objects in the pixel order and on the device of the proposals."""
-    if like.order == "F":
-        return pack_masks(masks).to(like.device)
-    dense = np.stack([mask_util.decode(rle) for rle in masks])
-    return pack_masks(torch.from_numpy(dense)).to(like.device)
 
 
 @EVALUATORS.register()
@@ -309,7 +246,7 @@ class ProposalRecallEvaluator(DatasetEvaluator):
                 iou = exact_box_iou(proposals.boxes, objects.boxes)
             elif has_masks:
                 _check_size(proposals.masks, objects)
-                iou = _mask_iou(proposals.masks, objects.masks)[proposals.order]
+                iou = predicted_mask_iou(proposals.masks, objects.masks)[proposals.order]
             elif self._asked:
                 raise ValueError("the proposals have no masks")
             else:
