@@ -129,7 +129,7 @@ def test_proposals_fails_when_results_differ(monkeypatch, capsys):
 
 def test_ellipses_are_those_of_their_formula(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "dev/benchmarks"))
-    import proposals
+    import proposal_scenes as proposals
 
     size = (40, 60)
     boxes = np.array([[3.2, 4.7, 30.1, 38.9], [0, 0, 60, 20], [50, 10, 52, 12]], dtype=float)
