@@ -116,9 +116,9 @@ def test_proposals_fails_when_results_differ(monkeypatch, capsys):
     import unseg.evaluation.proposal_recall as proposal_recall
     import unseg.layers as layers
 
-    assemble, overlap = layers.assemble_instances, proposal_recall._mask_iou
+    assemble, overlap = layers.assemble_instances, proposal_recall.predicted_mask_iou
     monkeypatch.setattr(layers, "assemble_instances", lambda *x: assemble(*x).roll(1, 1))
-    monkeypatch.setattr(proposal_recall, "_mask_iou", lambda *x: 0.9 * overlap(*x))
+    monkeypatch.setattr(proposal_recall, "predicted_mask_iou", lambda *x: 0.9 * overlap(*x))
     arguments = ["--quick", "--parts", "assembling", "recall"]
     assert run(monkeypatch, "proposals.py", *arguments) == 1
     lines = capsys.readouterr().out.splitlines()
