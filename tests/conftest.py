@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
 from hypothesis import settings
 
 # Times say nothing on a busy machine.
@@ -52,11 +53,15 @@ def register():
 
 @pytest.fixture
 def restored_loggers():
-    """The commands take these over for good; other tests read them."""
+    """The commands take these over for good; other tests read them. They are set up anew."""
+    setup_logger.cache_clear()  # else whoever came first decides where the lines go
     logging_of = [logging.getLogger(name) for name in ("detectron2", "fvcore", "unseg")]
     kept = [(x, x.level, x.propagate, x.handlers.copy()) for x in logging_of]
+    for logger in logging_of:
+        logger.handlers.clear()
     yield
     for logger, level, propagate, handlers in kept:
         logger.setLevel(level)
         logger.propagate = propagate
         logger.handlers[:] = handlers
+    setup_logger.cache_clear()
