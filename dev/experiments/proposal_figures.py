@@ -80,13 +80,13 @@ def draw_proposals(
     size = (1.9 * len(columns), 2.0 * len(found))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     panels = figure.subplots(len(found), len(columns), squeeze=False)
+    for title, panel in zip(columns, panels[0], strict=True):
+        panel.set_title(title, fontsize="small")
     for row, (image, objects) in zip(panels, found, strict=True):
         shown = [objects, *(best_masks(model, image, len(objects)) for model in models.values())]
-        for panel, title, masks in zip(row, columns, shown, strict=True):
+        for panel, masks in zip(row, shown, strict=True):
             panel.imshow(draw_instances(image, masks))
             panel.axis("off")
-            if row is panels[0]:
-                panel.set_title(title, fontsize="small")
     return save(figure)
 
 

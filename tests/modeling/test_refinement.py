@@ -103,9 +103,9 @@ def test_windows(height, width, chunk, seed):
     for mask, vector, (b, i, j) in zip(found, vectors, places, strict=True):
         laterals = []
         for n, (step, features) in enumerate(zip(model.steps, maps, strict=True)):
-            lateral, f = across(step, features[b : b + 1], "zeros")[0], 2**n
+            lateral, f = across(step, features[b : b + 1], "symmetric")[0], 2**n
             laterals.append(lateral[:, i * f : (i + 3) * f, j * f : (j + 3) * f])
-        expected = downwards(model, vector, laterals, "zeros", "nearest")
+        expected = downwards(model, vector, laterals, "symmetric", "nearest")
         torch.testing.assert_close(mask, expected)
 
 
@@ -139,7 +139,7 @@ def test_size_at_the_defaults():
         ({"ks": 0}, "MODEL.SHARPMASK.KS"),
         ({"in_channels": ()}, "MODEL.SHARPMASK.IN_FEATURES"),
         ({"upsample": "cubic"}, "MODEL.SHARPMASK.UPSAMPLE .*'cubic'"),
-        ({"pad_mode": "mirror"}, "MODEL.DEEPMASK.PAD_MODE .*'mirror'"),
+        ({"pad_mode": "mirror"}, "MODEL.SHARPMASK.PAD_MODE .*'mirror'"),
     ],
 )
 def test_settings_that_do_not_work_are_named(changes, words):

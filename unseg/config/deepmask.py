@@ -82,3 +82,6 @@ def add_deepmask_config(cfg: CfgNode) -> None:
     sharp.IN_FEATURES = ("res4", "res3", "res2", "stem")
     # Upsampling between steps: "nearest" (released) or "bilinear" (paper).
     sharp.UPSAMPLE = "nearest"
+    # Padding of the refinement's convolutions, as MODEL.DEEPMASK.PAD_MODE. Zeros leave single
+    # pixels in the windows' corners, which spoil the tight boxes.
+    sharp.PAD_MODE = "symmetric"

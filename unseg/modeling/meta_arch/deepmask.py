@@ -49,14 +49,16 @@ class EncodedImages:
     """What windows' masks are made of, for a batch of patches or one scale of an image.
 
     Attributes:
-        maps: of the trunk by name, (B, C, h, w), in patches without the context.
-        encoded: what the head made of them.
+        maps: of the trunk by name, (B, C, h, w), in patches with the context.
+        encoded: what the head made of them, in patches without the context.
         scores: (B, h', w') logits.
+        margin: cells of context before the first window, on the map that the head reads.
     """
 
     maps: dict[str, Tensor]
     encoded: Any
     scores: Tensor
+    margin: int = 0
 
 
 @META_ARCH_REGISTRY.register()
@@ -226,28 +228,23 @@ class DeepMask(nn.Module):
                 the weights, as distributed training needs it.
         """
         images = (images - self.pixel_mean) / self.pixel_std
-        maps = self._trunk(self.backbone, images, in_patches, self.map_names())
-        features = maps[self.in_feature]
+        margin = self.geometry.context // 2 // self.stride if in_patches else 0
+        maps = self._trunk(self.backbone, images, self.map_names())
+        features = without_margin(maps[self.in_feature], margin)
         encoded = self.head.encode(features)
         if self.scorer is not None:
-            seen = self._trunk(self.scorer.backbone, images, in_patches, (self.in_feature,))
+            seen = self._trunk(self.scorer.backbone, images, (self.in_feature,))
             head = self.scorer.head
-            scores = head.scores(head.encode(seen[self.in_feature]))
+            scores = head.scores(head.encode(without_margin(seen[self.in_feature], margin)))
         elif with_scores:
             scores = self.head.scores(encoded)
         else:
             scores = self.head.scores(self.head.encode(features[:0]))
-        return EncodedImages(maps, encoded, scores)
+        return EncodedImages(maps, encoded, scores, margin)
 
-    def _trunk(
-        self, backbone: Backbone, images: Tensor, in_patches: bool, names: Sequence[str]
-    ) -> dict[str, Tensor]:
+    def _trunk(self, backbone: Backbone, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         maps = backbone(images)
-        if not in_patches or not self.geometry.context:
-            return {name: maps[name] for name in names}
-        # Before the head's large convolution, which would compute windows that nobody reads.
-        cut = {name: self.geometry.context // 2 // self.strides[name] for name in names}
-        return {name: maps[name][:, :, c:-c, c:-c] for name, c in cut.items()}
+        return {name: maps[name] for name in names}
 
     # Training.
 
@@ -392,3 +389,11 @@ def _build_net(cfg: CfgNode, geometry: PatchGeometry) -> tuple[Backbone, DeepMas
     shape = shapes[cfg.MODEL.DEEPMASK.IN_FEATURE]
     cells = geometry.cells(shape.stride)
     return backbone, build_deepmask_head(cfg, in_channels=shape.channels, cells=cells)
+
+
+def without_margin(features: Tensor, margin: int) -> Tensor:
+    """Cut so many cells off each side of a map.
+
+    Done before the head's large convolution, which would else compute windows that nobody reads.
+    """
+    return features[:, :, margin:-margin, margin:-margin] if margin else features

@@ -115,7 +115,7 @@ class SharpMask(DeepMask):
             km=node.KM,
             ks=node.KS,
             upsample=node.UPSAMPLE,
-            pad_mode=cfg.MODEL.DEEPMASK.PAD_MODE,
+            pad_mode=node.PAD_MODE,
         )
         return arguments | {"refinement": refinement, "in_features": node.IN_FEATURES}
 
@@ -141,7 +141,9 @@ class SharpMask(DeepMask):
     def mask_logits(self, images: EncodedImages, locations: Tensor) -> Tensor:
         with torch.no_grad():
             vectors = self._vectors(images.encoded, locations)
-        return self.refinement.windows(vectors, list(images.maps.values()), locations)
+        # In patches the horizontal paths see the context, as in images they see the neighbours.
+        first = locations + locations.new_tensor([0, images.margin, images.margin])
+        return self.refinement.windows(vectors, list(images.maps.values()), first)
 
     def _vectors(self, encoded: Any, locations: Tensor) -> Tensor:
         """(N, E): what the head's mask layer would have read of these windows."""
@@ -150,12 +152,8 @@ class SharpMask(DeepMask):
         image, row, column = locations.unbind(1)
         return encoded[image, :, row, column]
 
-    def _trunk(
-        self, backbone: Backbone, images: Tensor, in_patches: bool, names: Sequence[str]
-    ) -> dict[str, Tensor]:
-        return super()._trunk(
-            lambda x: maps_with_stem(backbone, x, names), images, in_patches, names
-        )
+    def _trunk(self, backbone: Backbone, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        return maps_with_stem(backbone, images, names)
 
     def _train_step(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         return {"loss_mask": super()._train_step(batched_inputs)["loss_mask"]}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# MODEL.DEEPMASK.PAD_MODE to torch's name for one cell: "symmetric" repeats the outermost one.
+# MODEL.SHARPMASK.PAD_MODE to torch's name for one cell: "symmetric" repeats the outermost one.
 _PADDING = {"zeros": "zeros", "symmetric": "replicate", "port": "reflect"}
 UPSAMPLING = ("nearest", "bilinear")
 
@@ -53,7 +53,7 @@ class RefinementStep(nn.Module):
             hidden: channels of the horizontal path's first convolution.
             width: k.
             upsample: "nearest" or "bilinear" (half-pixel centres).
-            pad_mode: as MODEL.DEEPMASK.PAD_MODE.
+            pad_mode: as MODEL.SHARPMASK.PAD_MODE.
         """
         super().__init__()
         self.horizontal = nn.Sequential(
@@ -89,11 +89,12 @@ class RefinementStep(nn.Module):
 class Refinement(nn.Module):
     """The whole top-down path: :meth:`laterals` once per batch, :meth:`windows` for chosen ones.
 
-    It runs in the same way on whole images and on training patches, whose maps are cropped to one
-    window before (as released). But the same weights see other borders in the two: in a patch the
-    horizontal path pads at the window's border, in an image it sees the window's neighbours there
-    and pads at the image's. That is three cells wide at every step. The vertical path pads at the
-    window's border in both.
+    It runs in the same way on whole images and on training patches, which are images with one
+    window, in the middle. Their context is cut off after the horizontal paths: these reach three
+    cells beyond the window, and see the same there, where the context is wide enough, as in an
+    image. (The release cuts it off before, so that they see the padding in training and the
+    neighbours in images; on our synthetic scenes that left specks at the windows' borders, and a
+    third fewer correct boxes.) The vertical path pads at the window's border in both.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Refinement(nn.Module):
         km: int = 32,
         ks: int = 64,
         upsample: str = "nearest",
-        pad_mode: str = "zeros",
+        pad_mode: str = "symmetric",
         chunk: int = 128,
     ):
         """
@@ -133,7 +134,7 @@ class Refinement(nn.Module):
             raise ValueError(f"MODEL.SHARPMASK.UPSAMPLE must be one of {UPSAMPLING}: {upsample!r}")
         if pad_mode not in _PADDING:
             raise ValueError(
-                f"MODEL.DEEPMASK.PAD_MODE must be one of {tuple(_PADDING)}: {pad_mode!r}"
+                f"MODEL.SHARPMASK.PAD_MODE must be one of {tuple(_PADDING)}: {pad_mode!r}"
             )
         widths = step_widths(km, len(in_channels))
         self.cells, self.km, self.chunk = cells, km, chunk
