@@ -92,9 +92,8 @@ class Refinement(nn.Module):
     It runs in the same way on whole images and on training patches, which are images with one
     window, in the middle. Their context is cut off after the horizontal paths: these reach three
     cells beyond the window, and see the same there, where the context is wide enough, as in an
-    image. (The release cuts it off before, so that they see the padding in training and the
-    neighbours in images; on our synthetic scenes that left specks at the windows' borders, and a
-    third fewer correct boxes.) The vertical path pads at the window's border in both.
+    image. (The release cuts it off before: they see padding in training and the window's
+    neighbours in images.) The vertical path pads at the window's border in both.
     """
 
     def __init__(
