@@ -13,6 +13,7 @@ from unseg.config.deepmask import add_deepmask_config
 from unseg.config.discovery import add_discovery_config
 from unseg.config.exemplar import add_exemplar_config
 from unseg.config.freesolo import add_freesolo_config
+from unseg.config.hierarchical_embedding import add_hierarchical_embedding_config
 from unseg.config.instance_fcn import add_instance_fcn_config
 from unseg.config.self_training import add_self_training_config
 from unseg.config.vgg import add_vgg_config
@@ -37,6 +38,7 @@ def add_unseg_config(cfg: CfgNode) -> None:
     add_deep_spectral_config(cfg)
     add_deepmask_config(cfg)
     add_instance_fcn_config(cfg)
+    add_hierarchical_embedding_config(cfg)
     add_self_training_config(cfg)
     add_vgg_config(cfg)
     add_vit_config(cfg)

@@ -2,6 +2,7 @@
 
 from unseg.layers import PackedMasks
 from unseg.structures.canonical import CanonicalRule, canonical_places, label_windows
+from unseg.structures.clusters import Clusters
 from unseg.structures.exemplar_pool import Exemplar, ExemplarPool
 from unseg.structures.grid import GRID_MODES, GridLabels, sample_on_grid
 from unseg.structures.pseudo_mask import (
@@ -16,6 +17,7 @@ from unseg.structures.pseudo_mask import (
 from unseg.structures.window_masks import WindowMasks
 
 __all__ = [
+    "Clusters",
     "GRID_MODES",
     "RLE",
     "CanonicalRule",
