@@ -29,9 +29,9 @@ def add_hierarchical_embedding_config(cfg: CfgNode) -> None:
     node.POOLER_TYPE = "ROIAlignV2"
     # No gradient from the embedding losses into the detector [ours].
     node.DETACH_FEATURES = True
-    # "crop": side of the crops in pixels; depth and weights (a file for this backbone, "" random) of
-    # the residual network; whether it stays as it is; whether PIXEL_MEAN and PIXEL_STD are applied
-    # after masking (the authors' code divides by 255 alone).
+    # "crop": side of the crops in pixels; depth and weights (a file for this backbone, "" random)
+    # of the residual network; whether it stays as it is; whether PIXEL_MEAN and PIXEL_STD are
+    # applied after masking (the authors' code divides by 255 alone).
     node.CROP_SIZE = 224
     node.CROP_DEPTH = 18
     node.CROP_WEIGHTS = ""

@@ -16,8 +16,8 @@ class Clusters:
     """Where clusters are, and what they are called.
 
     Attributes:
-        centroids: float64 (K, D), K and D at least 1, finite: tangent vectors at the origin ("poincare": the
-            centroid is their expmap0) or points ("euclidean").
+        centroids: float64 (K, D), K and D at least 1, finite: tangent vectors at the origin, of
+            which the ball's centroids are the expmap0 ("poincare"), or points ("euclidean").
         geometry: one of GEOMETRIES.
         c: the ball's curvature is -c; c > 0. Not looked at for "euclidean".
         classes: int64 (K,), 0-based class of each cluster, -1 for one without a name; None: no
