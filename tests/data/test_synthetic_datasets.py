@@ -3,6 +3,7 @@
 import json
 import os
 import uuid
+from collections import Counter
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -33,6 +34,7 @@ from unseg.data.datasets.synthetic import (
     render_scene,
     scene_set,
 )
+from unseg.data.datasets.synthetic.catalogue import PART_NAMES
 from unseg.data.datasets.synthetic.presets import HELDOUT_CATEGORIES
 
 register_synthetic_datasets()
@@ -101,6 +103,37 @@ def test_every_set_has_its_own_seed_and_images():
     assert scene_set("unseg_synthetic_train").count == 1500
     assert scene_set("unseg_synthetic_val").count == 200
     assert scene_set("unseg_synthetic_val").settings == PRESETS["default"]
+
+
+def test_parts_as_annotations():
+    name = "unseg_synthetic_val_lvis_parts"
+    metadata, lvis = MetadataCatalog.get(name), DatasetCatalog.get("unseg_synthetic_val_lvis")
+    assert metadata.thing_classes[:24] == MetadataCatalog.get("unseg_synthetic_val").thing_classes
+    assert metadata.thing_classes[24:] == list(PART_NAMES)
+    assert len(metadata.thing_frequencies) == len(metadata.thing_families) == 36
+    assert Counter(metadata.thing_frequencies) == {"f": 12, "c": 12, "r": 12}
+    counts = Counter()
+    for record, other in zip(DatasetCatalog.get(name), lvis, strict=True):
+        annotations = record["annotations"]
+        assert (
+            record["file_name"] == other["file_name"] and not {"neg_category_ids"} & record.keys()
+        )
+        counts.update(a["category_id"] for a in annotations)
+        wholes = [a for a in annotations if a["parent"] is None]
+        assert [a["segmentation"] for a in wholes] == [
+            a["segmentation"] for a in other["annotations"]
+        ]
+        assert len(annotations) == len(wholes) + sum(len(a["parts"]) for a in other["annotations"])
+        for part in (a for a in annotations if a["parent"] is not None):
+            whole = annotations[part["parent"]]
+            assert whole["parent"] is None
+            assert part["category_id"] >= 24
+            both = mask_util.merge([part["segmentation"], whole["segmentation"]], intersect=True)
+            assert mask_util.area(both) == part["area"]  # inside of it
+    groups = dict.fromkeys("fcr", 0)
+    for category, count in counts.items():
+        groups[metadata.thing_frequencies[category]] += count
+    assert groups["f"] > 2 * groups["c"] > 4 * groups["r"] > 0
 
 
 def test_metadata():

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from unseg.data.datasets.synthetic.looks import Look
+from unseg.data.datasets.synthetic.settings import SceneSettings
 from unseg.data.datasets.synthetic.shapes import FAMILIES, Harmonic
 from unseg.data.datasets.synthetic.textures import NUM_TEXTURES, TEXTURE_NAMES
 
@@ -95,6 +96,21 @@ def frequencies(num_categories: int, zipf: float, allowed: tuple[int, ...]) -> n
 def frequency_groups(num_categories: int) -> list[str]:
     """LVIS's letters by thirds of the rank: "f"requent, "c"ommon, "r"are."""
     return ["fcr"[3 * c // num_categories] for c in range(num_categories)]
+
+
+def thing_and_part_groups(settings: SceneSettings) -> list[str]:
+    """Letters for the categories and then the part classes of a set of scenes, by thirds of their
+    rank in how often they are expected: a part as often as the categories that carry it."""
+    expected = frequencies(settings.num_categories, settings.zipf, settings.allowed_categories)
+    catalogue = build_catalogue(settings.num_categories, settings.catalogue_seed)
+    parts = np.zeros(len(PART_KINDS))
+    for weight, category in zip(expected, catalogue.categories):
+        for slot in category.slots:
+            parts[slot.part_class] += weight
+    both = np.concatenate([expected, parts])
+    groups = np.empty(len(both), dtype="U1")
+    groups[np.argsort(-both, kind="stable")] = frequency_groups(len(both))
+    return groups.tolist()
 
 
 def _part_class(number: int, seed: int) -> PartClass:

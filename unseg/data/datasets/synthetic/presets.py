@@ -11,7 +11,7 @@ from unseg.data.datasets.synthetic.settings import SceneSettings
 HELDOUT_CATEGORIES = (3, 6, 10, 13, 17, 20)
 SEEN_CATEGORIES = tuple(c for c in range(24) if c not in HELDOUT_CATEGORIES)
 
-STYLES = ("instances", "lvis", "video", "frames")
+STYLES = ("instances", "lvis", "parts", "video", "frames")
 
 PRESETS: dict[str, SceneSettings] = {
     # Cluttered scenes of about three objects: the demo, the tests, the ablation tables.
@@ -39,8 +39,8 @@ class SceneSet:
     """A list of scenes or clips: `count` indices of (settings, seed).
 
     split: the set's folder in `unseg-synthetic://<split>/`. style: the form of its dataset dicts,
-    one of STYLES: instances; lvis (with parts and frequency groups); video (one dict per clip);
-    frames (one dict per frame of every clip).
+    one of STYLES: instances; lvis (with parts and frequency groups); parts (objects and their parts
+    alike as annotations); video (one dict per clip); frames (one dict per frame of every clip).
     """
 
     split: str

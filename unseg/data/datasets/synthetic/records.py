@@ -32,6 +32,10 @@ def load_records(scenes: SceneSet) -> list[Record]:
     lvis: the same, and per image neg_category_ids and not_exhaustive_category_ids (from 1, as
         Detectron2 leaves LVIS's), per annotation an id (from 1) and `parts`: a list of dicts with
         category_id (index into the metadata's part_classes), bbox, bbox_mode, segmentation, area.
+    parts: as `instances`, with parts as annotations too: after each object's its parts', whose
+        category_id is num_categories + their part class and which have `parent`, the number of the
+        object's annotation in the image (None for objects). Objects keep the pixels of their parts,
+        and parts touch their object.
     video: one dict per clip as Mask2Former's YouTube-VIS loader makes them: video_id (from 0),
         file_names, length, height, width, and annotations: for each frame the list of its visible
         instances, each with id (the same through the clip), category_id, bbox, bbox_mode,
@@ -48,6 +52,7 @@ def _pickled_records(scenes: SceneSet) -> bytes:
     make = {
         "instances": _image_record,
         "lvis": _lvis_record,
+        "parts": _parts_record,
         "video": _video_record,
         "frames": _frame_records,
     }[scenes.style]
@@ -179,6 +184,19 @@ def _lvis_record(scenes: SceneSet, index: int) -> Record:
         "not_exhaustive_category_ids": [],
         "annotations": annotations,
     }
+
+
+def _parts_record(scenes: SceneSet, index: int) -> Record:
+    record = _lvis_record(scenes, index)
+    annotations: list[Record] = []
+    for whole in record["annotations"]:
+        parts, parent = whole.pop("parts"), len(annotations)
+        annotations.append({**whole, "parent": None})
+        for part in parts:
+            part["category_id"] += scenes.settings.num_categories
+            annotations.append({**part, "iscrowd": 0, "touching": True, "parent": parent})
+    fields = ("file_name", "image_id", "height", "width")
+    return {**{key: record[key] for key in fields}, "annotations": annotations}
 
 
 def _visible(scene: Scene) -> tuple[Scene, np.ndarray]:

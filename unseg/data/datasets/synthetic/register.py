@@ -11,6 +11,7 @@ from unseg.data.datasets.synthetic.catalogue import (
     PART_NAMES,
     build_catalogue,
     frequency_groups,
+    thing_and_part_groups,
 )
 from unseg.data.datasets.synthetic.presets import (
     BUILT_IN_SETS,
@@ -26,6 +27,7 @@ from unseg.data.datasets.synthetic.uri import PREFIX, SyntheticPathHandler
 EVALUATOR_TYPES = {
     "instances": "coco_class_agnostic",
     "lvis": "lvis",
+    "parts": "coco_class_agnostic",
     "video": "ytvis",
     "frames": "coco_class_agnostic",
 }
@@ -41,6 +43,8 @@ def register_synthetic_datasets() -> None:
     """
     for scenes in BUILT_IN_SETS:
         _register(f"unseg_synthetic_{scenes.split}", scenes)
+        if scenes.style == "lvis":
+            _register(f"unseg_synthetic_{scenes.split}_parts", replace(scenes, style="parts"))
         if scenes.style == "video":
             _register(f"unseg_synthetic_{scenes.split}_frames", replace(scenes, style="frames"))
 
@@ -71,8 +75,8 @@ def register_synthetic(
         style = "video" if is_clip else known
     if style not in STYLES or is_clip != (style in ("video", "frames")):
         raise ValueError(
-            f"{name}: style {style!r} does not suit {settings.frames} frame(s); "
-            "'video' and 'frames' need clips, 'instances' and 'lvis' need still scenes"
+            f"{name}: style {style!r} does not suit {settings.frames} frame(s); 'video' and "
+            "'frames' need clips, 'instances', 'lvis' and 'parts' need still scenes"
         )
     _register(name, SceneSet(name, settings, seed, count, style))
 
@@ -101,18 +105,20 @@ def _register(name: str, scenes: SceneSet) -> None:
     _HANDLER.sets[scenes.split] = scenes
     _REGISTERED[name] = scenes
     DatasetCatalog.register(name, lambda: load_records(scenes))
-    settings = scenes.settings
+    settings, with_parts = scenes.settings, scenes.style == "parts"
+    names = build_catalogue(settings.num_categories, settings.catalogue_seed).names
+    families = [FAMILY_NAMES[c % len(FAMILY_NAMES)] for c in range(settings.num_categories)]
     metadata = MetadataCatalog.get(name)
     metadata.set(
-        thing_classes=build_catalogue(settings.num_categories, settings.catalogue_seed).names,
+        thing_classes=names + list(PART_NAMES) * with_parts,
         evaluator_type=EVALUATOR_TYPES[scenes.style],
         image_root=PREFIX + scenes.split,
-        thing_families=[
-            FAMILY_NAMES[c % len(FAMILY_NAMES)] for c in range(settings.num_categories)
-        ],
+        thing_families=families + ["part"] * len(PART_NAMES) * with_parts,
     )
     if settings.categories is not None:
         metadata.set(shown_categories=list(settings.categories))
+    if with_parts:
+        metadata.set(thing_frequencies=thing_and_part_groups(settings))
     if scenes.style == "lvis":
         metadata.set(
             thing_frequencies=frequency_groups(settings.num_categories),
