@@ -1,0 +1,132 @@
+"""The nearest centroid of every point of the Poincaré ball, by one matrix product.
+
+Legend: N points, n of a chunk, D dimensions, K centroids, s square root of c.
+"""
+
+import torch
+from torch import Tensor
+
+from unseg.geometry.basics import check_curvature, check_points, direct_dist, rim_gap
+
+# Scores of a chunk: they are read three times, so they should stay in the processor's cache.
+CHUNK_BYTES = 1 << 24
+
+
+@torch.no_grad()
+def nearest_centroids(
+    x: Tensor, centroids: Tensor, c: float = 1.0, *, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Tensor, Tensor]:
+    """Which centroid is nearest to each point, and how far it is.
+
+    The distance rises with b_k |x - y_k|^2, b_k = 1 / (1 - c|y_k|^2), which is a matrix product
+    [x, |x|^2, 1] [-2 b y; b; b|y|^2] (spec long_tail.md 4.1). The product rounds by no more than
+    (D + 3) eps b_k (|x| + |y_k|)^2: where that leaves more than one centroid possible, the choice
+    is made anew, from float64 products for float32 points, then from differences. So float32
+    points are as well assigned as float64 ones, and the result does not depend on chunks.
+
+    Args:
+        x: (N, D) float32 or float64, inside the ball. float32 products need torch's default
+            precision "highest"; under TF32 or bfloat16 products float64 ones are taken.
+        centroids: (K, D) float32 or float64, inside the ball, K at least 1.
+        chunk_bytes: memory for the scores of a chunk of rows.
+
+    Returns:
+        labels (N,) int64, among equally near centroids the lowest; distances (N,) float64, from
+        differences.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes do not fit, a point is NaN or not inside the ball, or K is 0.
+    """
+    check_curvature(c)
+    check_points("centroids", centroids, c)
+    if len(centroids) == 0:
+        raise ValueError("centroids has no rows")
+    check_points("x", x, c, dim=centroids.shape[1])
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
+    dtype = x.dtype if _full_float32_products() else torch.float64
+    centers = centroids.double()
+    labels = _labels(x, centers, c, dtype, chunk_bytes)
+    distances = x.new_empty(len(x), dtype=torch.float64)
+    for rows in _row_chunks(len(x), 8 * x.shape[1], chunk_bytes):
+        distances[rows] = direct_dist(x[rows], centers[labels[rows]], c)
+    return labels, distances
+
+
+def _labels(x: Tensor, centers: Tensor, c: float, dtype: torch.dtype, chunk_bytes: int) -> Tensor:
+    """(N,) int64, from products in `dtype` where these decide."""
+    product = _Product(centers, c, dtype)
+    labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for rows in _row_chunks(len(x), len(centers) * dtype.itemsize, chunk_bytes):
+        chunk = x[rows]
+        chosen, doubtful = product.nearest(chunk)
+        open_rows = doubtful.nonzero()[:, 0]
+        if len(open_rows):
+            if dtype == torch.float64:
+                again = _labels_from_differences(chunk[open_rows], centers, c, chunk_bytes)
+            else:
+                again = _labels(chunk[open_rows], centers, c, torch.float64, chunk_bytes)
+            chosen[open_rows] = again
+        labels[rows] = chosen
+    return labels
+
+
+class _Product:
+    """Lower bounds of the scores b_k |x - y_k|^2 of centroids (K, D) float64, as one product.
+
+    The scores' possible error, tolerance * b (|x| + |y|)^2, is taken off inside the product.
+    """
+
+    def __init__(self, centers: Tensor, c: float, dtype: torch.dtype):
+        self.tolerance = (centers.shape[1] + 3) * torch.finfo(dtype).eps
+        self.dtype = dtype
+        square = centers.square().sum(1)
+        self.norm = square.sqrt()
+        self.b = 1 / rim_gap(centers, c)
+        kept = 1 - self.tolerance
+        columns = [kept * square, torch.full_like(square, kept), -2 * self.tolerance * self.norm]
+        factors = torch.cat([-2 * centers, torch.stack(columns, dim=1)], dim=1)
+        self.factors = (self.b[:, None] * factors).to(dtype).t()
+
+    def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """For points (n, D): labels (n,) int64, and (n,) bool where another could be nearer."""
+        square = x.double().square().sum(1)
+        norm = square.sqrt()
+        columns = torch.stack([torch.ones_like(square), square, norm], dim=1).to(self.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.cat([x.to(self.dtype), columns], dim=1) @ self.factors
+        lowest, labels = scores.min(dim=1)
+        error = self.tolerance * self.b[labels] * (norm + self.norm[labels]).square()
+        scores.scatter_(1, labels[:, None], torch.inf)
+        return labels, scores.amin(dim=1).double() <= lowest.double() + 2 * error
+
+
+def _labels_from_differences(x: Tensor, centers: Tensor, c: float, chunk_bytes: int) -> Tensor:
+    """(n,) int64; the lowest of equally near ones."""
+    root = rim_gap(centers, c).rsqrt()
+    number = torch.arange(len(centers), device=x.device)
+    labels = []
+    for rows in _row_chunks(len(x), 8 * len(centers), chunk_bytes):
+        scores = root * torch.cdist(
+            x[rows].double(), centers, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        least = scores == scores.amin(dim=1, keepdim=True)
+        labels.append(torch.where(least, number, len(centers)).amin(dim=1))
+    return torch.cat(labels)
+
+
+def _row_chunks(n: int, row_bytes: int, chunk_bytes: int) -> list[slice]:
+    rows = max(1, chunk_bytes // row_bytes)
+    return [slice(start, start + rows) for start in range(0, n, rows)]
+
+
+def _full_float32_products() -> bool:
+    """Whether torch was left to multiply float32 matrices in float32 (no TF32, no bfloat16)."""
+    try:
+        return (
+            torch.get_float32_matmul_precision() == "highest"
+            and not torch.backends.cuda.matmul.allow_tf32
+        )
+    except RuntimeError:  # torch's older and newer settings were mixed
+        return False
