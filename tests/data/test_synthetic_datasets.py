@@ -135,6 +135,21 @@ def test_parts_as_annotations():
     assert groups["f"] > 2 * groups["c"] > 4 * groups["r"] > 0
 
 
+def test_parts_as_lvis_ground_truth():
+    content = lvis_ground_truth(scene_set("unseg_synthetic_val_lvis_parts"))
+    metadata = MetadataCatalog.get("unseg_synthetic_val_lvis_parts")
+    assert [c["name"] for c in content["categories"]] == metadata.thing_classes
+    assert [c["frequency"] for c in content["categories"]] == metadata.thing_frequencies
+    assert [c["id"] for c in content["categories"]] == list(range(1, 37))
+    assert [a["id"] for a in content["annotations"]] == list(
+        range(1, len(content["annotations"]) + 1)
+    )
+    there = {(a["image_id"], a["category_id"]) for a in content["annotations"]}
+    absent = {(i["id"], c) for i in content["images"] for c in i["neg_category_ids"]}
+    assert not there & absent
+    assert len(there) + len(absent) == 36 * len(content["images"])
+
+
 def test_metadata():
     plain = MetadataCatalog.get("unseg_synthetic_val")
     assert plain.evaluator_type == "coco_class_agnostic"

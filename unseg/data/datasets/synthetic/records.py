@@ -12,7 +12,12 @@ import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
-from unseg.data.datasets.synthetic.catalogue import build_catalogue, frequency_groups
+from unseg.data.datasets.synthetic.catalogue import (
+    PART_NAMES,
+    build_catalogue,
+    frequency_groups,
+    thing_and_part_groups,
+)
 from unseg.data.datasets.synthetic.clips import render_clip
 from unseg.data.datasets.synthetic.presets import SceneSet
 from unseg.data.datasets.synthetic.scene import Scene, render_scene
@@ -69,37 +74,45 @@ def _pickled_records(scenes: SceneSet) -> bytes:
 
 
 def lvis_ground_truth(scenes: SceneSet) -> Record:
-    """The set as an LVIS v1 annotation dict, for `lvis.LVIS` and its evaluator.
+    """A set of the style "lvis" or "parts" as an LVIS v1 annotation dict, for `lvis.LVIS`.
 
     Category and image ids follow the files of LVIS: categories from 1, images as in the records.
     Images are exhaustively annotated: every category absent from one is among its negatives.
     """
-    records = load_records(scenes)
-    if scenes.style != "lvis":
+    if scenes.style not in ("lvis", "parts"):
         raise ValueError(
-            f"{scenes.split}: LVIS ground truth needs style 'lvis', not {scenes.style!r}"
+            f"{scenes.split}: LVIS ground truth needs style 'lvis' or 'parts', not {scenes.style!r}"
         )
-    annotations = []
-    images_with: dict[int, set[int]] = {}
-    for record in records:
-        for annotation in record["annotations"]:
-            category = annotation["category_id"] + 1
-            images_with.setdefault(category, set()).add(record["image_id"])
-            kept = {key: annotation[key] for key in ("id", "bbox", "area", "segmentation")}
-            annotations.append({**kept, "image_id": record["image_id"], "category_id": category})
-    settings = scenes.settings
+    records, settings = load_records(scenes), scenes.settings
     names = build_catalogue(settings.num_categories, settings.catalogue_seed).names
     groups = frequency_groups(settings.num_categories)
+    if scenes.style == "parts":
+        names, groups = names + list(PART_NAMES), thing_and_part_groups(settings)
+    images, annotations = [], []
+    images_with: dict[int, set[int]] = {}
+    for record in records:
+        image_id = record["image_id"]
+        for annotation in record["annotations"]:
+            category = annotation["category_id"] + 1
+            images_with.setdefault(category, set()).add(image_id)
+            kept = {key: annotation[key] for key in ("bbox", "area", "segmentation")}
+            kept |= {"id": len(annotations) + 1, "image_id": image_id, "category_id": category}
+            annotations.append(kept)
+        images.append(
+            {
+                "id": image_id,
+                "coco_url": record["file_name"],
+                "height": record["height"],
+                "width": record["width"],
+                "neg_category_ids": [
+                    c + 1 for c in range(len(names)) if image_id not in images_with.get(c + 1, ())
+                ],
+                "not_exhaustive_category_ids": [],
+            }
+        )
     instances = np.bincount([a["category_id"] for a in annotations], minlength=len(names) + 1)
     return {
-        "images": [
-            {
-                "id": record["image_id"],
-                "coco_url": record["file_name"],
-                **{key: record[key] for key in _LVIS_IMAGE_KEYS},
-            }
-            for record in records
-        ],
+        "images": images,
         "annotations": annotations,
         "categories": [
             {
@@ -113,9 +126,6 @@ def lvis_ground_truth(scenes: SceneSet) -> Record:
             for c, name in enumerate(names)
         ],
     }
-
-
-_LVIS_IMAGE_KEYS = ("height", "width", "neg_category_ids", "not_exhaustive_category_ids")
 
 
 def _regions(masks: np.ndarray) -> list[Record]:
