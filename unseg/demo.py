@@ -24,6 +24,7 @@ from unseg.checkpoint import SafeCheckpointer
 from unseg.config import load_config
 from unseg.data.image import EXTENSIONS, read_image
 from unseg.data.mappers.augmentation import ResizeShortestEdge
+from unseg.engine.clusters import attach_clusters
 from unseg.engine.drawing import draw_instances
 
 logger = logging.getLogger("unseg.demo")
@@ -39,6 +40,7 @@ class Predictor:
         """
         self.model = build_model(cfg).eval()
         SafeCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        attach_clusters(self.model, cfg)
         self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.image_format = cfg.INPUT.FORMAT
 

@@ -17,7 +17,7 @@ order in which the model (or the data set) gives them. A shard holds
 =================  =================================================================================
 
 Tangent vectors at the origin are kept, not points of the ball: near its rim float32 has no digits
-left of 1 - c|x|^2, while all that is needed can be had from a tangent in float64 (long_tail.md 2.6).
+left of 1 - c|x|^2, while all that is needed can be had from a tangent in float64.
 ``np.load(..., allow_pickle=False)`` reads every shard.
 
 Legend: N rows, D embedding dimensions, L characters.
@@ -217,9 +217,7 @@ class EmbeddingStore:
         has_masks: whether objects have masks.
     """
 
-    def __init__(
-        self, path: Path, info: dict[str, Any], shards: Sequence[_Shard], has_masks: bool
-    ):
+    def __init__(self, path: Path, info: dict[str, Any], shards: Sequence[_Shard], has_masks: bool):
         self.path, self.info, self.has_masks = path, info, has_masks
         self._shards = tuple(shards)
         self._verified: set[str] = set()

@@ -2,6 +2,7 @@
 
 from unseg.engine.build_exemplars import build_exemplars
 from unseg.engine.dataset_job import ImageSource, images_in_folder, images_of_dataset
+from unseg.engine.embed_dataset import EmbeddingCounts, EmbeddingJob, embed_dataset
 from unseg.engine.find_masks import find_masks, find_masks_parser, launch_job
 from unseg.engine.main import main
 from unseg.engine.optimizer import build_optimizer
@@ -17,6 +18,8 @@ from unseg.engine.stages import Stage, StageError
 from unseg.engine.trainer import Trainer
 
 __all__ = [
+    "EmbeddingCounts",
+    "EmbeddingJob",
     "ImageSource",
     "ProposalFilesJob",
     "PseudoMaskJob",
@@ -28,6 +31,7 @@ __all__ = [
     "WorkDir",
     "build_exemplars",
     "build_optimizer",
+    "embed_dataset",
     "export_proposals",
     "find_masks",
     "find_masks_parser",

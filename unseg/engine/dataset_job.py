@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from torch import nn
 
-from unseg.checkpoint import weights_hash
+from unseg.checkpoint import file_hash, weights_hash
 from unseg.data import build_mapper, image_root_of
 from unseg.data.build import skips_bad_images
 from unseg.data.image import EXTENSIONS, ImageReadError, read_image_size
@@ -241,7 +241,23 @@ def job_settings(cfg: CfgNode) -> dict[str, Any]:
     content.MODEL.WEIGHTS = ""
     content.MODEL.DEVICE = ""
     content.MODEL.EXEMPLAR.POOL = ""
+    embedding = content.MODEL.HIERARCHICAL_EMBEDDING
+    if embedding.CLUSTERS:
+        embedding.CLUSTERS = file_hash(embedding.CLUSTERS)
+    del embedding.CLUSTERING, embedding.NAMING  # of what is done with a model's output
     return plain({key: content[key] for key in ("MODEL", "INPUT", "TEST", "DISCOVERY")})
+
+
+def entries_in_order(results: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
+    """Number and entry of every image, in the data set's order, of results that are dicts of
+    entries under image numbers; those of one :attr:`DatasetJob.block` are held at a time."""
+    held: dict[int, Any] = {}
+    following = 0
+    for result in results:
+        held |= {int(index): entry for index, entry in result.items()}
+        while following in held:
+            yield following, held.pop(following)
+            following += 1
 
 
 def plain(value: Any) -> Any:

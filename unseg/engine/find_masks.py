@@ -20,6 +20,7 @@ from unseg.config import load_config
 from unseg.data import register_datasets_in_config, register_if_file
 from unseg.data.build import skips_bad_images
 from unseg.discovery.statistics import MaskStatistics
+from unseg.engine.clusters import attach_clusters
 from unseg.engine.dataset_job import (
     DatasetJob,
     ImageSource,
@@ -117,7 +118,7 @@ def run_job(
     if comm.is_main_process():
         job.start(resume=args.resume or independent)
     comm.synchronize()
-    model = load_model(cfg, args.random_weights)
+    model = load_model(job.cfg, args.random_weights)
     units, name = share_of_process(args, job.work_dir)
     job.run(model, units, name=name)
     comm.synchronize()
@@ -177,11 +178,11 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 
 def load_model(cfg: CfgNode, random_weights: bool) -> nn.Module:
-    """The config's model with the weights that it names, or with random ones.
+    """The config's model with the weights and clusters that it names, or with random weights.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: see :func:`load_weights`.
+        CheckpointError: see :func:`load_weights` and :func:`attach_clusters`.
     """
     if not random_weights:
         path = cfg.MODEL.WEIGHTS
@@ -189,8 +190,10 @@ def load_model(cfg: CfgNode, random_weights: bool) -> nn.Module:
             raise FileNotFoundError(f"MODEL.WEIGHTS {path} does not exist")
         model = build_model(cfg)
         load_weights(model, path)
-        return model
-    with torch.random.fork_rng():
-        # The same in all processes, and once resumed.
-        torch.manual_seed(0)
-        return build_model(cfg)
+    else:
+        with torch.random.fork_rng():
+            # The same in all processes, and once resumed.
+            torch.manual_seed(0)
+            model = build_model(cfg)
+    attach_clusters(model, cfg)
+    return model

@@ -26,7 +26,7 @@ from detectron2.structures import BoxMode, Instances
 from torch import Tensor, nn
 
 from unseg.checkpoint import atomic_write
-from unseg.engine.dataset_job import DatasetJob, ImageSource, LoadedUnit
+from unseg.engine.dataset_job import DatasetJob, ImageSource, LoadedUnit, entries_in_order
 from unseg.engine.find_masks import run_job
 from unseg.evaluation.coco_records import to_rle
 from unseg.evaluation.predicted_masks import encode_predicted_masks, tight_boxes
@@ -105,7 +105,7 @@ def proposals_of(output: dict[str, Any], size: tuple[int, int]) -> RankedProposa
         order = torch.argsort(-scores, stable=True)
     masks = None
     if "pred_masks" in fields:
-        masks = _encode(fields["pred_masks"], size)
+        masks = encode_masks_of(fields["pred_masks"], size)
         if len(masks) != len(order):
             raise ValueError(f"there are {len(masks)} masks and {len(order)} scores")
         masks = [masks[i] for i in order.tolist()]
@@ -136,8 +136,12 @@ def _logits_and_scores(fields: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return given.clamp(_CLAMP, 1 - _CLAMP).logit(), given
 
 
-def _encode(masks: Any, size: tuple[int, int]) -> list[RLE]:
-    """Checked, compressed encodings of masks in any of the forms that models give."""
+def encode_masks_of(masks: Any, size: tuple[int, int]) -> list[RLE]:
+    """Compressed encodings of masks in any of the forms that models give.
+
+    Raises:
+        ValueError: they are of another size than (H, W), or malformed.
+    """
     encoded = encode_predicted_masks(masks)
     if isinstance(masks, Sequence):
         return [to_rle(rle, *size, "a proposal") for rle in encoded]
@@ -249,7 +253,7 @@ class ProposalFilesJob(DatasetJob[ProposalCounts]):
         with_masks = {True: 0, False: 0}
         unreadable = 0
         names = []
-        entries = self._entries()
+        entries = entries_in_order(self.work_dir.results())
         for number in range(-(-len(self.source.images) // self.block)):
             names.append(MASK_FILES.format(number))
             with atomic_write(self.output / names[-1]) as file:
@@ -285,16 +289,6 @@ class ProposalFilesJob(DatasetJob[ProposalCounts]):
         old = [self.output / BOX_FILE, self.output / MANIFEST]
         for path in [*old, *sorted(self.output.glob(MASK_FILES.replace("{:05d}", "[0-9]*")))]:
             path.unlink(missing_ok=True)
-
-    def _entries(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """Number and entry of every image, in the data set's order; one block is held at a time."""
-        held: dict[int, dict[str, Any] | None] = {}
-        following = 0
-        for result in self.work_dir.results():
-            held |= {int(index): entry for index, entry in result.items()}
-            while following in held:
-                yield following, held.pop(following)
-                following += 1
 
     def _coco_results(self, index: int, entry: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         image = self.source.images[index]

@@ -15,6 +15,7 @@ from torch import nn
 from unseg.checkpoint import CheckpointError, SafeCheckpointer
 from unseg.data import build_test_loader, build_train_loader
 from unseg.data.sampling import ResumableLoader
+from unseg.engine.clusters import attach_clusters
 from unseg.engine.exemplars import ExemplarHook, attach_exemplars
 from unseg.engine.hooks import (
     BatchWatch,
@@ -54,7 +55,9 @@ class Trainer(DefaultTrainer):
         cfg = cfg.clone()
         cfg.defrost()
         cfg.VIS_PERIOD = 0
-        return super().build_model(cfg)
+        model = super().build_model(cfg)
+        attach_clusters(model, cfg)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
