@@ -22,13 +22,24 @@ from unseg.modeling.meta_arch import (
     ExemplarFreeSOLO,
     FreeSOLO,
     InstanceFCN,
+    LongTailDiscoveryRCNN,
     MaskDiscovery,
     SharpMask,
 )
 from unseg.modeling.proposals.generator import InstanceFCNProposalGenerator
-from unseg.modeling.roi_heads import ExemplarROIHeads
+from unseg.modeling.roi_heads import (
+    ROI_EMBEDDING_HEAD_REGISTRY,
+    ExemplarROIHeads,
+    HierarchicalEmbedding,
+    HierarchicalEmbeddingCascadeROIHeads,
+    HierarchicalEmbeddingHead,
+    HierarchicalEmbeddingRes5ROIHeads,
+    HierarchicalEmbeddingROIHeads,
+    build_roi_embedding_head,
+)
 
 __all__ = [
+    "ROI_EMBEDDING_HEAD_REGISTRY",
     "VGG",
     "DeepMask",
     "DeepSpectral",
@@ -40,12 +51,19 @@ __all__ = [
     "FPNWithBottomUp",
     "FilterBank",
     "FreeSOLO",
+    "HierarchicalEmbedding",
+    "HierarchicalEmbeddingCascadeROIHeads",
+    "HierarchicalEmbeddingHead",
+    "HierarchicalEmbeddingROIHeads",
+    "HierarchicalEmbeddingRes5ROIHeads",
     "InstanceFCN",
     "InstanceFCNProposalGenerator",
+    "LongTailDiscoveryRCNN",
     "MaskDiscovery",
     "SharpMask",
     "build_dino_vit_backbone",
     "build_filter_bank_backbone",
+    "build_roi_embedding_head",
     "build_vgg_backbone",
     "encode_exemplars",
     "find_exemplar_head",

@@ -1,5 +1,8 @@
 """Parts of a model that a training leaves as they are."""
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import nn
 
 
@@ -12,3 +15,15 @@ def freeze(*modules: nn.Module) -> None:
     for module in modules:
         module.requires_grad_(False)
         module.eval()
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in eval mode for a while; then all its parts are in the modes they were in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
