@@ -99,8 +99,21 @@ class SmallBatch:
 
 def random_batch(seed, most_images=4, most_masks=9, min_area=4):
     rng = np.random.default_rng(seed)
+    if rng.random() < 0.3:  # too few for everybody to have a negative
+        most_images, most_masks = 1, 4
     images = [
         random_masks(rng, rng.integers(0, most_masks + 1))
         for _ in range(rng.integers(1, most_images + 1))
     ]
     return SmallBatch(images, min_area)
+
+
+def rich_batch(most_images=3, most_masks=6):
+    """The first random batch with triplets of all terms, and with masks that are too small."""
+    for seed in range(1000):
+        batch = random_batch(seed, most_images, most_masks)
+        pairs = batch.object_pairs(0.4), batch.hierarchy_pairs(0.95, 1.1)
+        drawable = [any(batch.negatives(*p, 0.1) for p in found) for found in pairs]
+        if all(drawable) and not all(batch.valid):
+            return batch
+    raise LookupError("no such batch")
