@@ -142,3 +142,39 @@ def test_ellipses_are_those_of_their_formula(monkeypatch):
     scene = proposals.make_scene(0, size, 50)
     assert len(scene.masks) == 50
     assert mask_util.area(scene.objects).min() > 0
+
+
+def test_hyperbolic_kmeans(monkeypatch, capsys):
+    assert run(monkeypatch, "hyperbolic_kmeans.py", "--quick", "--million") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "0 checks failed"
+    for start in (
+        "assignment: 600 points",
+        "lloyd: ",
+        "seeding: 20 of 600",
+        "million: 2000 points",
+    ):
+        assert sum(line.startswith(start) for line in lines) == 1
+    assert sum("labels: 64 of 64 equal met" in line for line in lines) == 2
+    assert sum(line.endswith("at most 1e-08 met") for line in lines) == 2
+    assert sum(" as long" in line for line in lines) == 4
+    peaks = [line.split() for line in lines if "so far at most" in line]
+    assert [words[0] for words in peaks] == ["lorentz,", "frechet,"]
+    assert all(0 < float(words[-2]) < 4 for words in peaks)
+
+
+def test_hyperbolic_kmeans_fails_when_results_differ(monkeypatch, capsys):
+    import unseg.geometry as geometry
+
+    correct = geometry.nearest_centroids
+
+    def wrong(x, centroids, c):
+        labels, distances = correct(x, centroids, c)
+        return (labels + 1) % len(centroids), distances
+
+    monkeypatch.setattr(geometry, "nearest_centroids", wrong)
+    arguments = ["--quick", "--parts", "assignment"]
+    assert run(monkeypatch, "hyperbolic_kmeans.py", *arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("labels: 0 of 64 equal" in line and line.endswith("NOT MET") for line in lines) == 2
+    assert lines[-1] == "4 checks failed"  # distances are of other centroids, too
