@@ -1,6 +1,9 @@
 """Evaluators, chosen by ``cfg.TEST.EVALUATORS`` or by the kind of the dataset."""
 
 from unseg.evaluation.build import DEFAULT_EVALUATORS, EVALUATORS, build_evaluator
+from unseg.evaluation.cluster_lvis import ClusterLVISEvaluator
+from unseg.evaluation.cluster_naming import ClusterNames, NamingSettings
+from unseg.evaluation.clustering import ClusterSettings
 from unseg.evaluation.coco_api import evaluate_class_agnostic
 from unseg.evaluation.coco_class_agnostic import ClassAgnosticCOCOEvaluator
 from unseg.evaluation.matching import (
@@ -20,7 +23,11 @@ __all__ = [
     "EVALUATORS",
     "COCOEvaluator",
     "ClassAgnosticCOCOEvaluator",
+    "ClusterLVISEvaluator",
+    "ClusterNames",
+    "ClusterSettings",
     "LVISEvaluator",
+    "NamingSettings",
     "PatchMaskEvaluator",
     "ProposalRecallEvaluator",
     "VideoMIoUEvaluator",

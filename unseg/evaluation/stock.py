@@ -1,5 +1,6 @@
 """Detectron2's class-aware evaluators under their own names in the EVALUATORS registry."""
 
+import json
 import os
 
 import detectron2.evaluation as detectron2_evaluation
@@ -8,9 +9,11 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 
+from unseg.checkpoint.files import atomic_write
 from unseg.compat import detectron2_extension
 from unseg.evaluation.build import EVALUATORS
 from unseg.evaluation.coco_class_agnostic import as_file_name, output_folder
+from unseg.evaluation.lvis_api import import_lvis, lvis_ground_truth_of
 
 
 def _refuse_one_class(cfg: CfgNode, dataset_name: str, evaluator: str) -> None:
@@ -53,8 +56,26 @@ def COCOEvaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:  # noqa:
 
 @EVALUATORS.register()
 def LVISEvaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:  # noqa: N802
-    """Detectron2's LVISEvaluator (lvis-api), for class-aware models."""
+    """Detectron2's LVISEvaluator (lvis-api), for class-aware models.
+
+    A synthetic set of the style "lvis" is written as a file to the output folder, anew each time.
+
+    Raises:
+        ValueError: a one-class model, or a data set without LVIS ground truth.
+    """
     _refuse_one_class(cfg, dataset_name, "LVISEvaluator")
-    return detectron2_evaluation.LVISEvaluator(
-        dataset_name, output_dir=output_folder(cfg, dataset_name)
-    )
+    import_lvis()  # so that the evaluator's own import gets one that works
+    folder = output_folder(cfg, dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    converted = metadata.get("json_file") is None
+    if converted:
+        content, _ = lvis_ground_truth_of(dataset_name)
+        path = os.path.join(folder, f"{as_file_name(dataset_name)}_lvis_format.json")
+        with atomic_write(path) as file:
+            json.dump(content, file)
+        metadata.json_file = path
+    try:
+        return detectron2_evaluation.LVISEvaluator(dataset_name, output_dir=folder)
+    finally:
+        if converted:  # the file has been read; others must not take it for the data set's own
+            del metadata.json_file
