@@ -108,7 +108,8 @@ def frechet_centroids(
         m = lorentz_centroids(x, labels, k, c, weights)
     else:
         m = _rows_or_nan("start", start, x.new_zeros(k, x.shape[1], dtype=torch.float64)).clone()
-        check_points("start", m[labels[weights > 0].unique()], c)
+        filled = torch.zeros_like(m[:, :1]).index_fill_(0, labels[weights > 0], 1) > 0
+        check_points("start", torch.where(filled, m, 0.0), c)
     now = _slopes(x, labels, weights, m, c)
     shorter = torch.ones_like(now.cost)
     for _ in range(max_steps):

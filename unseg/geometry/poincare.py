@@ -133,7 +133,7 @@ def clip_tangent(u: Tensor, max_norm: float, c: float = 1.0) -> Tensor:
     u = _at_least_float32(u)
     # In float64 the squares of large float32 numbers are finite.
     norm = torch.linalg.vector_norm(u.double(), dim=-1, keepdim=True)
-    return (limit / norm.clamp(min=limit) * u).to(u.dtype)
+    return (torch.where(norm > limit, limit / norm.clamp(min=limit), 1.0) * u).to(u.dtype)
 
 
 def tangent_dist(u: Tensor, v: Tensor, c: float = 1.0) -> Tensor:
