@@ -81,7 +81,7 @@ def test_views_of_features(box_mode, pool):
 
 
 def test_a_mask_half_a_cell_off_is_seen():
-    """That is, what the test above allows is a hundred times less."""
+    """That is, what the test above allows is far less."""
     regions = feature_regions()
     left = torch.zeros(28, 28)
     left[:, :14] = 1
@@ -89,8 +89,8 @@ def test_a_mask_half_a_cell_off_is_seen():
     for mask in (left, torch.roll(left, 2, dims=1)):  # of 28 cells; one of 7 has 4
         masks = [mask.expand(len(boxes), -1, -1) for boxes in regions.boxes]
         moved = Regions(regions.features, regions.boxes, masks, regions.image_sizes)
-        found.append(feature_encoder(num_conv=0)(moved, ("fg",)))
-    assert ((found[0] - found[1]).abs().amax(dim=1) > 1e-2).all()
+        found.append(feature_encoder(num_conv=0, box_mode="tight")(moved, ("fg",)))
+    assert ((found[0] - found[1]).abs().amax(dim=1) > 5e-3).all()
 
 
 def numpy_crop(image, mask, box, size, box_mode):
@@ -280,7 +280,7 @@ def test_tangents_and_points(c):
         assert x.dtype == torch.float64
         expected = torch.tanh(norms)[:, None] * u.double() / norms[:, None]
         torch.testing.assert_close(x, expected, atol=1e-12, rtol=1e-9)
-    assert max(float(u.norm(dim=1).max()) for u in found.values()) * math.sqrt(c) > 1.5 - 1e-4
+    assert max(float(u.detach().norm(dim=1).max()) for u in found.values()) * math.sqrt(c) > 1.5 - 1e-4
 
 
 def test_linear_layers():
