@@ -41,7 +41,6 @@ from unseg.structures import Clusters
 
 logger = logging.getLogger(__name__)
 
-CENTROIDS = ("lorentz", "frechet", "kmeans")
 _KEY = "MODEL.HIERARCHICAL_EMBEDDING.CLUSTERING"
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -70,8 +69,6 @@ def settings_for(cfg: CfgNode, store: EmbeddingStore) -> ClusterSettings:
         ValueError: an unknown centroid, or a number out of range.
     """
     settings = ClusterSettings.from_cfg(cfg)
-    if settings.centroid not in CENTROIDS:
-        raise ValueError(f"{_KEY}.CENTROID must be one of {CENTROIDS}, got {settings.centroid!r}")
     settings = replace(settings, geometry=store.geometry, c=store.c)
     if store.geometry == "euclidean" and settings.centroid != "kmeans":
         logger.info(

@@ -244,7 +244,7 @@ def job_settings(cfg: CfgNode) -> dict[str, Any]:
     embedding = content.MODEL.HIERARCHICAL_EMBEDDING
     if embedding.CLUSTERS:
         embedding.CLUSTERS = file_hash(embedding.CLUSTERS)
-    del embedding.CLUSTERING, embedding.NAMING  # of what is done with a model's output
+    del embedding["CLUSTERING"], embedding["NAMING"]  # of what is done with a model's output
     return plain({key: content[key] for key in ("MODEL", "INPUT", "TEST", "DISCOVERY")})
 
 

@@ -139,7 +139,7 @@ def embed_objects(
     features = model.backbone(images.tensor)
     boxes, masks = [], []
     for x, size, own in zip(inputs, images.image_sizes, objects, strict=True):
-        corners = Boxes(torch.from_numpy(own.boxes))
+        corners = Boxes(torch.from_numpy(own.boxes).clone())  # scaled in place
         corners.scale(size[1] / x["width"], size[0] / x["height"])
         boxes.append(corners.to(images.tensor.device))
         dense = decode_masks(own.masks, x["height"], x["width"])

@@ -1,7 +1,7 @@
 """Cluster an embedding store by hyperbolic k-means, or look for the number of clusters.
 
     python -m unseg.tools.cluster_embeddings STORE --output clusters.npz [--config-file CONFIG]
-        [--anchor] [--num-gpus N] [KEY VALUE ...]
+        [--anchor] [--name-by DATASET] [--num-gpus N] [KEY VALUE ...]
     python -m unseg.tools.cluster_embeddings STORE --elbow [--grid K K K ...] [--plot elbow.png]
 
 STORE is a folder of unseg.tools.embed_dataset. MODEL.HIERARCHICAL_EMBEDDING.CLUSTERING.* say how:
@@ -11,8 +11,10 @@ is for MODEL.HIERARCHICAL_EMBEDDING.CLUSTERS; clusters.json beside it is a repor
 annotations have classes, with which the clusters are compared.
 
 --anchor runs scikit-learn's k-means on the tangent vectors as well, and prints it beside; its
-hyperbolic distances are to the midpoints of its clusters. --elbow clusters with each K of a grid
-and prints the table and its knee over K and over log K; both depend on the ends of the grid.
+hyperbolic distances are to the midpoints of its clusters. --name-by gives clusters the classes of
+the annotations that their masks overlap (MODEL.HIERARCHICAL_EMBEDDING.NAMING.*); a model with such
+clusters finds objects of these classes. --elbow clusters with each K of a grid and prints the table
+and its knee over K and over log K; both depend on the ends of the grid.
 """
 
 import argparse
@@ -29,7 +31,8 @@ from tabulate import tabulate
 
 from unseg.checkpoint import CheckpointError
 from unseg.config import load_config
-from unseg.data import open_embeddings
+from unseg.data import open_embeddings, register_if_file
+from unseg.engine.cluster_names import name_clusters
 from unseg.engine.cluster_store import (
     agreement,
     cluster_rows,
@@ -51,6 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
     result.add_argument("--output", metavar="FILE", help="the file to write, .npz or .pth")
     result.add_argument("--config-file", default="", metavar="FILE")
     result.add_argument("--anchor", action="store_true", help="print Euclidean k-means beside it")
+    result.add_argument(
+        "--name-by", metavar="DATASET", help="a registered name, or x.json@DIR, that votes"
+    )
     result.add_argument("--elbow", action="store_true", help="try several K, write no clusters")
     result.add_argument("--grid", type=int, nargs="+", metavar="K", help="for --elbow: the K")
     result.add_argument("--plot", metavar="FILE", help="for --elbow: a picture (.png) of it")
@@ -66,6 +72,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(words)
     if args.elbow == bool(args.output):
         parser.error("either --output FILE or --elbow is needed")
+    if args.elbow and (args.anchor or args.name_by):
+        parser.error("--anchor and --name-by are for --output")
     if not args.elbow and (args.grid or args.plot):
         parser.error("--grid and --plot are for --elbow")
     if args.output and Path(args.output).suffix not in (".npz", ".pth"):
@@ -117,7 +125,11 @@ def cluster_embeddings(args: argparse.Namespace) -> None:
     table = tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".5g")
     space = store.geometry + (f", c = {store.c:g}" if store.geometry == "poincare" else "")
     sys.stdout.write(f"{len(store)} objects, {store.dim} dimensions, {space}\n\n{table}\n")
-    write_clusters(Path(args.output), results[0], store)
+    clusters = results[0].clusters
+    if args.name_by:
+        names = name_clusters(store, labels[0], len(clusters), register_if_file(args.name_by), cfg)
+        clusters = replace(clusters, classes=torch.from_numpy(names.classes))
+    write_clusters(Path(args.output), replace(results[0], clusters=clusters), store)
     sys.stdout.write(f"\nwrote {args.output} and its report\n")
 
 
