@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from unseg.data.datasets.synthetic import scene_set
+from unseg.data.datasets.synthetic import PRESETS, register_synthetic, scene_set
 from unseg.data.datasets.synthetic.records import load_records
 
 
@@ -20,7 +20,9 @@ def _load(source, count, with_masks):
 
 @pytest.fixture(scope="session")
 def quick_datasets():
-    """Synthetic scenes: quick_train (4), quick_val (2), and quick_boxes (the same 2, no masks)."""
+    """Synthetic scenes: quick_train (4), quick_val (2), and quick_boxes (the same 2, no masks).
+
+    quick_lvis: the first 2 of a set with parts, of which LVIS's evaluators know the annotations."""
     sets = {
         "quick_train": ("unseg_synthetic_train", 4, True),
         "quick_val": ("unseg_synthetic_val", 2, True),
@@ -34,7 +36,8 @@ def quick_datasets():
             evaluator_type="coco_class_agnostic",
             image_root=metadata.image_root,
         )
+    register_synthetic("quick_lvis", PRESETS["lvis"], seed=1, count=2, style="parts")
     yield
-    for name in sets:
+    for name in (*sets, "quick_lvis"):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

@@ -74,6 +74,17 @@ QUICK_CROPS = {
     "MODEL.DEEPMASK.OBJECT_SIZE": 43,
     "MODEL.DEEPMASK.GT_SIZE": 7,
 }
+# Long-tail discovery, on scenes that LVIS's evaluators know.
+QUICK_LONG_TAIL = {
+    "DATASETS.TEST": ("quick_lvis",),
+    "MODEL.HIERARCHICAL_EMBEDDING.CONV_DIM": 16,
+    "MODEL.HIERARCHICAL_EMBEDDING.FC_DIM": 16,
+    "MODEL.HIERARCHICAL_EMBEDDING.EMBED_DIM": 4,
+    "MODEL.HIERARCHICAL_EMBEDDING.CROP_SIZE": 32,
+    "MODEL.HIERARCHICAL_EMBEDDING.CROP_WEIGHTS": "",
+    "MODEL.HIERARCHICAL_EMBEDDING.CLUSTERING.K": 3,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+}
 # Instead of ResNets of any depth: the configs that need it are built whole by a test of their own.
 SHALLOW = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
 
@@ -130,6 +141,10 @@ def quick_overrides(path: Path, output: Path) -> dict:
             overrides["MODEL.INSTANCE_FCN.TEST.SHORT_SIDES"] = (64, 96)
         if cfg.MODEL.INSTANCE_FCN.TRAIN_ON == "crop":
             overrides |= QUICK_CROPS
+    if "HierarchicalEmbedding" in cfg.MODEL.ROI_HEADS.NAME:
+        overrides |= QUICK_LONG_TAIL | SHALLOW
+        if cfg.TEST.EVALUATORS == ("COCOEvaluator",):
+            overrides["DATASETS.TEST"] = ("quick_val",)
     if cfg.MODEL.LOAD_PROPOSALS:
         overrides["DATASETS.PROPOSAL_FILES_TRAIN"] = (str(output / "quick_train.pkl"),)
         overrides["DATASETS.PROPOSAL_FILES_TEST"] = (str(output / "quick_val.pkl"),)
