@@ -61,7 +61,7 @@ def test_tangent_dist_of_any_tangents(u, v, c):
 def test_tangent_dist_of_near_tangents_keeps_its_digits(u, shift, scale):
     v = [a + scale * b for a, b in zip(u, shift)]
     truth = exact_tangent_dist(u, v, 1.0)  # of u and v as they are stored
-    assert float(tangent_dist(f64(u), f64(v))) == pytest.approx(truth, rel=1e-11)
+    assert float(tangent_dist(f64(u), f64(v))) == pytest.approx(truth, rel=1e-11, abs=0)
 
 
 @pytest.mark.parametrize("c", CURVATURES)
