@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 from quick import ROOT, quick_config, quick_overrides, words, write_pool, write_proposals
 
 from unseg.config import load_config
@@ -184,3 +185,38 @@ def test_freesolo_presets():
             + ["MODEL.FREESOLO.DATA.BOXES", "xyxy_as_xywh"]
         )
         assert paper == compat
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_crops_are_seen_by_the_named_network(tmp_path, resume):
+    """A training begins with CROP_WEIGHTS; one that goes on has its own."""
+    path = ROOT / "projects/LongTail/configs/long_tail_paper.yaml"
+    weights = {
+        f"{name}.{key}": value
+        for name, part in named_resnet(18)
+        for key, value in part.state_dict().items()
+    }
+    torch.save({"model": weights}, tmp_path / "r18.pth")
+    overrides = quick_overrides(path, tmp_path)
+    overrides["MODEL.HIERARCHICAL_EMBEDDING.CROP_WEIGHTS"] = str(tmp_path / "r18.pth")
+    cfg = load_config(str(path), words(overrides))
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(False)
+    own = trainer.model.roi_heads.embedding_head.encoder.stages
+    assert torch.equal(own[0].conv1.weight, weights["stem.conv1.weight"])
+    assert torch.equal(own[4][1].conv2.weight, weights["res5.1.conv2.weight"])
+    if resume:
+        with torch.no_grad():
+            own[0].conv1.weight += 1
+        trainer.checkpointer.save("model_0000000", iteration=0)
+        again = Trainer(cfg)
+        again.resume_or_load(True)
+        stem = again.model.roi_heads.embedding_head.encoder.stages[0]
+        assert torch.equal(stem.conv1.weight, weights["stem.conv1.weight"] + 1)
+
+
+def named_resnet(depth):
+    """Detectron2's parts of a ResNet and their names, with random weights."""
+    yield "stem", BasicStem(norm="FrozenBN")
+    for number, stage in enumerate(ResNet.make_default_stages(depth, norm="FrozenBN"), start=2):
+        yield f"res{number}", torch.nn.Sequential(*stage)

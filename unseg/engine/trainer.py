@@ -16,6 +16,7 @@ from unseg.checkpoint import CheckpointError, SafeCheckpointer
 from unseg.data import build_test_loader, build_train_loader
 from unseg.data.sampling import ResumableLoader
 from unseg.engine.clusters import attach_clusters
+from unseg.engine.crop_weights import load_crop_weights
 from unseg.engine.exemplars import ExemplarHook, attach_exemplars
 from unseg.engine.hooks import (
     BatchWatch,
@@ -108,6 +109,8 @@ class Trainer(DefaultTrainer):
         Raises:
             CheckpointError: there is a checkpoint to resume from, and it cannot be.
         """
+        if not (resume and self.checkpointer.has_checkpoint()):
+            load_crop_weights(unwrap(self.model), self.cfg)
         super().resume_or_load(resume)
         if resume and self.checkpointer.has_checkpoint() and not self._restored:
             raise CheckpointError(f"the last checkpoint holds weights alone: {_INSTEAD}")
