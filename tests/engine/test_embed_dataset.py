@@ -353,6 +353,21 @@ def test_the_annotations_of_a_data_set(dicts, register, rcnn, tmp_path):
     assert counts.objects == start
 
 
+def test_a_model_that_looks_at_whole_boxes(dicts, register, rcnn, tmp_path):
+    """The toys' annotated masks are their boxes: the same; with others it does not matter."""
+    name = register(dicts)
+    run(rcnn_config(), name, tmp_path / "masks", rcnn, ground_truth=name)
+    expected = open_embeddings(tmp_path / "masks").tangents
+    for record in dicts:
+        for annotation in record["annotations"]:
+            x0, y0, _, _ = map(int, annotation["bbox"])
+            dot = rectangle((x0, y0, x0 + 1, y0 + 1), (record["height"], record["width"]))
+            annotation["segmentation"] = encode_masks(dot[None])[0]
+    rcnn.roi_heads.mask_source = "box"
+    run(rcnn_config(), name, tmp_path / "boxes", rcnn, ground_truth=name)
+    np.testing.assert_array_equal(open_embeddings(tmp_path / "boxes").tangents, expected)
+
+
 def test_a_model_that_embeds_nothing(config, dataset, tmp_path):
     with pytest.raises(
         ValueError, match=r"ToyEmbedder embeds no given masks: MODEL\.ROI_HEADS\.NAME"

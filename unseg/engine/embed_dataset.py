@@ -137,14 +137,27 @@ def embed_objects(
     """
     images = model.preprocess_image(inputs)
     features = model.backbone(images.tensor)
+    # What it finds is embedded with such masks, and annotations are to be compared with that.
+    whole_boxes = getattr(model.roi_heads, "mask_source", "pred") == "box"
     boxes, masks = [], []
     for x, size, own in zip(inputs, images.image_sizes, objects, strict=True):
         corners = Boxes(torch.from_numpy(own.boxes).clone())  # scaled in place
         corners.scale(size[1] / x["width"], size[0] / x["height"])
         boxes.append(corners.to(images.tensor.device))
         dense = decode_masks(own.masks, x["height"], x["width"])
+        if whole_boxes:
+            dense = _fill_boxes(own.boxes, x["height"], x["width"])
         masks.append(dense.to(images.tensor.device))
     return model.roi_heads.embed(images, features, boxes, masks)
+
+
+def _fill_boxes(boxes: np.ndarray, height: int, width: int) -> Tensor:
+    """bool (N, height, width), the pixels whose centres are in the boxes (N, 4) XYXY."""
+    corners = torch.from_numpy(boxes)[:, :, None]
+    x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
+    columns = (x >= corners[:, 0]) & (x < corners[:, 2])
+    rows = (y >= corners[:, 1]) & (y < corners[:, 3])
+    return rows[:, :, None] & columns[:, None, :]
 
 
 class EmbeddingJob(DatasetJob[EmbeddingCounts]):
