@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("quick_datasets")
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 67
+    assert len(CONFIGS) >= 68
     assert len(BASES) >= 7
     assert {path.name for path in CONFIGS} > EVALUATION_TASKS.keys()
 
