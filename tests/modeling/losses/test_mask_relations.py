@@ -209,13 +209,18 @@ def test_drawn_masks(seed, per_image):
         assert count[k] == min(per_image, valid)
 
 
-@given(st.integers(0, 100_000), st.sampled_from([0.0, 0.1, 0.6]), st.integers(1, 3))
-def test_drawn_triplets(seed, max_iou, per_pair):
+@given(
+    st.integers(0, 100_000),
+    st.sampled_from([0.2, 0.4]),
+    st.sampled_from([0.0, 0.1, 0.6]),
+    st.integers(1, 3),
+)
+def test_drawn_triplets(seed, min_iou, max_iou, per_pair):
     """They are by the rules, and each pair has as many different negatives as can be."""
     batch = random_batch(seed)
     relations = MaskRelations.cat(batch.parts)
     triplets = sample_object_triplets(
-        relations, generator(seed), min_iou=0.4, per_pair=per_pair, max_iou=max_iou
+        relations, generator(seed), min_iou=min_iou, per_pair=per_pair, max_iou=max_iou
     )
     assert triplets.dtype == torch.int64
     assert triplets.shape[1] == 3
@@ -224,8 +229,18 @@ def test_drawn_triplets(seed, max_iou, per_pair):
         assert n in batch.negatives(i, j, max_iou)
         drawn[i, j] += 1
     assert len({tuple(t) for t in triplets.tolist()}) == len(triplets)
-    expected = {p: len(batch.negatives(*p, max_iou)) for p in batch.object_pairs(0.4)}
+    expected = {p: len(batch.negatives(*p, max_iou)) for p in batch.object_pairs(min_iou)}
     assert drawn == Counter({p: min(n, per_pair) for p, n in expected.items() if n})
+
+
+def test_the_positive_is_no_negative():
+    """Though it overlaps by so little that as another's negative it would do."""
+    masks = [block(0, 0, 6, 5), block(0, 3, 6, 8)]
+    relations = MaskRelations.cat(SmallBatch([masks]).parts)
+    assert relations.iou[0, 1] == 0.25
+    options = {"min_iou": 0.2, "per_pair": 1, "max_iou": 0.3}
+    assert len(object_pairs(relations, 0.2)) == 2
+    assert sample_object_triplets(relations, generator(), **options).shape == (0, 3)
 
 
 @pytest.fixture(scope="module")
