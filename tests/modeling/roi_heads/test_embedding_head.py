@@ -280,7 +280,9 @@ def test_tangents_and_points(c):
         assert x.dtype == torch.float64
         expected = torch.tanh(norms)[:, None] * u.double() / norms[:, None]
         torch.testing.assert_close(x, expected, atol=1e-12, rtol=1e-9)
-    assert max(float(u.detach().norm(dim=1).max()) for u in found.values()) * math.sqrt(c) > 1.5 - 1e-4
+    assert (
+        max(float(u.detach().norm(dim=1).max()) for u in found.values()) * math.sqrt(c) > 1.5 - 1e-4
+    )
 
 
 def test_linear_layers():

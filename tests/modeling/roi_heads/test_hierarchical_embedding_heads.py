@@ -13,7 +13,6 @@ from detectron2.utils.events import EventStorage
 from embedding_cases import (
     C4,
     CASCADE,
-    DC5,
     FPN,
     HEADS,
     assert_same,
@@ -24,7 +23,6 @@ from embedding_cases import (
     zoo_config,
 )
 
-from unseg.modeling import HierarchicalEmbedding
 from unseg.structures import Clusters
 
 LOSSES = {"loss_embedding_mask", "loss_embedding_object", "loss_embedding_hier"}
@@ -78,11 +76,17 @@ def test_joint_training(yaml, agnostic):
     cfg = zoo_config(yaml, **(AGNOSTIC if agnostic else {}))
     plain, ours = pair_of_models(cfg)
     inputs = labelled(noise_inputs())
-    losses = []
+    proposals, regions, losses = [], [], []
+    ours.proposal_generator.register_forward_hook(lambda m, args, out: proposals.extend(out[0]))
+    ours.roi_heads.embedding_head.register_forward_pre_hook(lambda m, args: regions.append(args[0]))
     for model in (plain, ours):
         torch.manual_seed(3)
         losses.append(model.train()(inputs))
     before, after = losses
+    # Not what is left of them after the detector's training.
+    for x, boxes in zip(proposals, regions[0].boxes, strict=True):
+        best = x.objectness_logits.sort(descending=True, stable=True).indices[:20]
+        assert torch.equal(boxes, x.proposal_boxes.tensor[best])
     assert set(after) == set(before) | LOSSES
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert all(torch.isfinite(after[key]) and after[key].dim() == 0 for key in after)
@@ -528,10 +532,3 @@ def test_detector_postprocess():
     assert len(done) == int(stay.sum())
     assert torch.equal(done.pred_tangents, raw.pred_tangents[stay])
     assert torch.equal(done.pred_embeddings, raw.pred_embeddings[stay])
-
-
-def test_heads_are_what_the_issue_names():
-    for yaml in (FPN, C4, DC5, CASCADE):
-        heads = build_tame(zoo_config(yaml)).roi_heads
-        assert isinstance(heads, HierarchicalEmbedding)
-        assert type(heads).__name__ == HEADS[yaml]
