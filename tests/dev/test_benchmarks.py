@@ -178,3 +178,11 @@ def test_hyperbolic_kmeans_fails_when_results_differ(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum("labels: 0 of 64 equal" in line and line.endswith("NOT MET") for line in lines) == 2
     assert lines[-1] == "4 checks failed"  # distances are of other centroids, too
+
+
+def test_long_tail_head(monkeypatch, capsys):
+    assert run(monkeypatch, "long_tail_head.py", "--quick") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "0 checks failed"
+    assert sum(line.endswith("the same detections met") for line in lines) == 2
+    assert sum(line.endswith("%   ") and " plain" in line for line in lines) == 2
