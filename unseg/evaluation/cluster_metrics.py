@@ -11,11 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.metrics import (
-    adjusted_mutual_info_score,
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-)
 from torch import Tensor
 
 from unseg.evaluation.matching import hungarian
@@ -52,7 +47,7 @@ def _labels(labels: np.ndarray, name: str) -> np.ndarray:
 
 def normalized_mutual_information(clusters: np.ndarray, classes: np.ndarray) -> float:
     """Mutual information over the arithmetic mean of the two entropies; arguments (N,)."""
-    return _of_some(clusters, classes, normalized_mutual_info_score)
+    return _of_some(clusters, classes, "normalized_mutual_info_score")
 
 
 def adjusted_mutual_information(clusters: np.ndarray, classes: np.ndarray) -> float:
@@ -60,7 +55,7 @@ def adjusted_mutual_information(clusters: np.ndarray, classes: np.ndarray) -> fl
 
     May be below 0.
     """
-    return _of_some(clusters, classes, adjusted_mutual_info_score)
+    return _of_some(clusters, classes, "adjusted_mutual_info_score")
 
 
 def adjusted_rand_index(clusters: np.ndarray, classes: np.ndarray) -> float:
@@ -68,14 +63,15 @@ def adjusted_rand_index(clusters: np.ndarray, classes: np.ndarray) -> float:
 
     Arguments (N,). May be below 0.
     """
-    return _of_some(clusters, classes, adjusted_rand_score)
+    return _of_some(clusters, classes, "adjusted_rand_score")
 
 
-def _of_some(
-    clusters: np.ndarray, classes: np.ndarray, score: Callable[[np.ndarray, np.ndarray], float]
-) -> float:
+def _of_some(clusters: np.ndarray, classes: np.ndarray, score: str) -> float:
+    """A score of sklearn.metrics by its name; NaN of nothing."""
+    from sklearn import metrics  # takes a second to import
+
     clusters, classes = _labels(clusters, "clusters"), _labels(classes, "classes")
-    return float(score(classes, clusters)) if len(classes) else float("nan")
+    return float(getattr(metrics, score)(classes, clusters)) if len(classes) else float("nan")
 
 
 def purity(clusters: np.ndarray, classes: np.ndarray) -> float:
