@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 # How many rows ranks give, by how many ranks there are; some give none.
 PORTIONS = {1: (230,), 2: (7, 223), 3: (101, 0, 129)}
-CHUNK_ROWS = 24
+CHUNK_ROWS = 40
 K = 9
 RUNS = {
     "lorentz": {},
@@ -27,7 +27,7 @@ def points():
 
 def arguments(name):
     """x of all ranks, and keywords."""
-    options = {"tol": 0, "chunk_rows": CHUNK_ROWS, "max_iter": 12, **RUNS[name]}
+    options = {"tol": 0, "chunk_rows": CHUNK_ROWS, "max_iter": 6, **RUNS[name]}
     x = points()
     if options.pop("single", False):
         x = (0.99 * x).float()
@@ -70,7 +70,7 @@ def run(rank, folder):
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=3,
-        timeout=timedelta(seconds=100),
+        timeout=timedelta(minutes=10),
     )
     groups = {world: dist.new_group(list(range(3 - world, 3))) for world in PORTIONS}
     found = {}
