@@ -18,6 +18,7 @@ from pycocotools import mask as mask_util
 from sklearn.metrics import normalized_mutual_info_score
 
 from unseg.config import get_cfg
+from unseg.data.datasets.synthetic import register_synthetic
 from unseg.data.embeddings import EmbeddingRows, EmbeddingWriter
 from unseg.evaluation import ClusterLVISEvaluator, ClusterSettings, NamingSettings, build_evaluator
 from unseg.evaluation.cluster_naming import fold_of_image
@@ -460,24 +461,28 @@ def embedded(record, numbers=None, dim=24) -> dict:
     return {"instances": found}
 
 
-@pytest.mark.parametrize("geometry", ["poincare", "euclidean"])
-def test_synthetic_scenes_by_the_config(tmp_path, geometry):
+@pytest.mark.parametrize(
+    ("style", "geometry"), [("lvis", "poincare"), ("lvis", "euclidean"), ("parts", "poincare")]
+)
+def test_synthetic_scenes_by_the_config(tmp_path, style, geometry):
     """From the registry, beside the class-agnostic evaluator, which has other keys."""
-    name = "unseg_synthetic_val_lvis"
+    name = f"cluster_lvis_{style}"
+    register_synthetic(name, "lvis", seed=9, count=30, style=style)
     cfg = get_cfg()
     cfg.OUTPUT_DIR = str(tmp_path)
     cfg.TEST.EVALUATORS = ("ClusterLVISEvaluator", "ClassAgnosticCOCOEvaluator")
+    records = DatasetCatalog.get(name)
+    there = {a["category_id"] for record in records for a in record["annotations"]}
     node = cfg.MODEL.HIERARCHICAL_EMBEDDING
-    node.GEOMETRY, node.CLUSTERING.K, node.NAMING.SPLIT = geometry, 24, "same"
+    node.GEOMETRY, node.CLUSTERING.K, node.NAMING.SPLIT = geometry, len(there), "same"
     node.NAMING.MIN_SIZE = 1
     evaluator = build_evaluator(cfg, name)
     assert isinstance(evaluator, DatasetEvaluators)
-    records = DatasetCatalog.get(name)
-    found = run(evaluator, [(record, embedded(record)) for record in records])
+    found = run(evaluator, [(record, embedded(record, dim=36)) for record in records])
     assert found["segm"]["AP"] == pytest.approx(100)
     assert found["cluster_segm"]["AP"] == pytest.approx(100)
-    there = {a["category_id"] for record in records for a in record["annotations"]}
     assert found["clusters"]["clusters"] == len(there)
+    assert max(there) >= 24 or style == "lvis"
     assert found["clusters"]["NMI"] == pytest.approx(100)
     assert (tmp_path / "inference/cluster_lvis_results.json").is_file()
 

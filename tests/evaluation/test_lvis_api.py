@@ -11,10 +11,18 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
-from lvis_cases import annotation, lvis_content, lvis_numbers, random_content, random_results
+from lvis_cases import (
+    annotation,
+    lvis_content,
+    lvis_numbers,
+    random_content,
+    random_results,
+    rectangle,
+)
 from pycocotools import mask as mask_util
 
 from unseg.config import get_cfg
+from unseg.data.datasets.synthetic import register_synthetic
 from unseg.evaluation import build_evaluator
 from unseg.evaluation.lvis_api import (
     METRICS,
@@ -91,11 +99,17 @@ def test_average_precision_by_hand():
 
 
 def test_sizes_are_of_masks_for_masks():
-    """A mask of 900 pixels in a box of 3600: small as a mask."""
+    """A false alarm of 900 pixels, in a box of 3600, is small: it costs small objects half."""
     content = lvis_content([annotation(1, 5, 1, [0, 0, 30, 30])], (5,))
-    result = {"image_id": 5, "category_id": 1, "score": 1.0, "bbox": [0.0, 0, 60, 60]}
-    result["segmentation"] = content["annotations"][0]["segmentation"]
-    assert evaluate_lvis(content, [result], "segm")["APs"] == pytest.approx(100)
+    results = [
+        {"image_id": 5, "category_id": 1, "score": score, "bbox": box, "segmentation": mask}
+        for score, box, mask in (
+            (0.5, [0.0, 0, 30, 30], rectangle(0, 0, 30, 30)),
+            (0.9, [60.0, 60, 60, 60], rectangle(60, 60, 30, 30)),
+        )
+    ]
+    assert evaluate_lvis(content, results, "segm")["APs"] == pytest.approx(50)
+    assert evaluate_lvis(content, results, "bbox")["APs"] == pytest.approx(100)
 
 
 def test_annotation_ids_may_be_0():
@@ -194,7 +208,7 @@ def test_data_sets_without_a_file(register):
     name = register([])
     with pytest.raises(ValueError, match="'toy' has no LVIS ground truth"):
         lvis_ground_truth_of(name)
-    with pytest.raises(ValueError, match="style 'lvis'"):
+    with pytest.raises(ValueError, match="'unseg_synthetic_val_single' has no LVIS.*needs style"):
         lvis_ground_truth_of("unseg_synthetic_val_single")
     with pytest.raises(KeyError, match="not registered"):
         lvis_ground_truth_of("nowhere")
@@ -213,8 +227,9 @@ def perfect_prediction(record) -> Instances:
     return found
 
 
-def test_stock_evaluator_on_synthetic_scenes(tmp_path, capsys):
-    name = "unseg_synthetic_val_lvis"
+def test_stock_evaluator_on_synthetic_scenes(tmp_path):
+    name = "stock_lvis"
+    register_synthetic(name, "lvis", seed=9, count=40)
     cfg = get_cfg()
     cfg.TEST.EVALUATORS = ("LVISEvaluator",)
     cfg.OUTPUT_DIR = str(tmp_path)
@@ -223,7 +238,7 @@ def test_stock_evaluator_on_synthetic_scenes(tmp_path, capsys):
     assert MetadataCatalog.get(name).get("json_file") is None
     assert [p.name for p in tmp_path.glob("inference/*")] == [f"{name}_lvis_format.json"]
     evaluator.reset()
-    for record in DatasetCatalog.get(name)[:60]:
+    for record in DatasetCatalog.get(name)[:15]:
         evaluator.process([record], [{"instances": perfect_prediction(record)}])
     results = evaluator.evaluate()
     assert 5 < results["segm"]["AP"] < 95  # the other images' objects are missed

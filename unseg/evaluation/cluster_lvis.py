@@ -91,7 +91,7 @@ class ClusterLVISEvaluator(DatasetEvaluator):
         """
         Args:
             dataset_name: a name in Detectron2's DatasetCatalog, of an LVIS file (v0.5 or v1) or a
-                synthetic one of the style "lvis".
+                synthetic one of the style "lvis" or "parts".
             cluster: clusters (N,) from 0 of tangents (N, D), for models that give none.
             naming: how clusters get their names.
             geometry, c: of the embeddings, for "knn_val".

@@ -68,7 +68,7 @@ def lvis_ground_truth_of(dataset_name: str) -> tuple[Content, str]:
 
     Returns:
         a content that the caller may change, and ``metadata.json_file`` or, for synthetic sets of
-        the style "lvis", the name.
+        the style "lvis" or "parts", the name.
 
     Raises:
         KeyError: no data set of that name is registered.

@@ -58,7 +58,7 @@ def COCOEvaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:  # noqa:
 def LVISEvaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:  # noqa: N802
     """Detectron2's LVISEvaluator (lvis-api), for class-aware models.
 
-    A synthetic set of the style "lvis" is written as a file to the output folder, anew each time.
+    A synthetic set is written as a file to the output folder, anew each time.
 
     Raises:
         ValueError: a one-class model, or a data set without LVIS ground truth.
