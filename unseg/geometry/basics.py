@@ -34,12 +34,15 @@ def check_curvature(c: float) -> float:
     return float(c)
 
 
-def check_points(name: str, x: Tensor, c: float, dim: int | None = None) -> None:
+def check_points(name: str, x: Tensor, c: float, dim: int | None = None) -> Tensor:
     """Raise unless x is float32 or float64 (N, D) of points inside the ball.
 
     Args:
         name: the argument's, for the message.
         dim: D, where another argument fixes it.
+
+    Returns:
+        |x|^2, (N,) float64.
 
     Raises:
         TypeError: another dtype.
@@ -50,9 +53,10 @@ def check_points(name: str, x: Tensor, c: float, dim: int | None = None) -> None
     if x.dim() != 2 or x.shape[1] == 0 or (dim is not None and x.shape[1] != dim):
         wanted = "(N, D)" if dim is None else f"(N, {dim})"
         raise ValueError(f"{name}: shape {wanted} is needed, got {tuple(x.shape)}")
-    inside = rim_gap(x, c) > 0  # not so for NaN either
+    square = x.double().square().sum(1)
+    inside = 1 - c * square > 0  # not so for NaN either
     if inside.all():
-        return
+        return square
     row = int(inside.logical_not().nonzero()[0])
     if not torch.isfinite(x[row]).all():
         raise ValueError(f"{name}[{row}] is NaN/inf")
@@ -82,12 +86,17 @@ def rim_gap(x: Tensor, c: float) -> Tensor:
 def direct_dist(x: Tensor, y: Tensor, c: float) -> Tensor:
     """Distances (...) in float64 of points (..., D), without any cancellation.
 
-    d = 2/s arsinh(s |x - y| / sqrt((1 - c|x|^2)(1 - c|y|^2))). The gradient at equal points is 0;
-    points on the rim or outside are infinitely far away.
+    The gradient at equal points is 0; points on the rim or outside are infinitely far away.
     """
-    s = math.sqrt(c)
     length = torch.linalg.vector_norm(x.double() - y.double(), dim=-1)
-    return 2 / s * torch.asinh(s * length / _root_of_gaps(rim_gap(x, c), rim_gap(y, c)))
+    return dist_of_length(length, rim_gap(x, c), rim_gap(y, c), c)
+
+
+def dist_of_length(length: Tensor, gap_x: Tensor, gap_y: Tensor, c: float) -> Tensor:
+    """Distances (...) of points with Euclidean distances `length` and these rim_gaps, (...):
+    d = 2/s arsinh(s |x - y| / sqrt((1 - c|x|^2)(1 - c|y|^2)))."""
+    s = math.sqrt(c)
+    return 2 / s * torch.asinh(s * length / _root_of_gaps(gap_x, gap_y))
 
 
 def _root_of_gaps(gap_x: Tensor, gap_y: Tensor) -> Tensor:
