@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 
 from unseg.geometry.basics import rim_gap
 from unseg.geometry.centroid_steps import (
+    Members,
     cluster_sums,
     frechet_step,
     lorentz_step,
@@ -20,8 +21,8 @@ from unseg.geometry.sharded_rows import ShardedRows
 
 
 def step(function, x, labels, previous, c, **options):
-    shards = ShardedRows(x, chunk_rows=13)
-    return function(shards, rim_gap(x, c), labels, c, previous, **options)
+    members = Members(ShardedRows(x, chunk_rows=13), rim_gap(x, c), labels)
+    return function(members, c, previous, **options)
 
 
 @pytest.mark.parametrize("c", [0.3, 1.0, 2.0])

@@ -1,6 +1,7 @@
 """Means against geoopt, a general minimiser, and what defines them."""
 
 import math
+from functools import partial
 
 import geoopt
 import pytest
@@ -10,6 +11,7 @@ from ball_cases import CURVATURES, random_points
 from torch import Tensor
 
 from unseg.geometry import PoincareBall, frechet_centroids, lorentz_centroids, means
+from unseg.geometry.sharded_rows import ShardedRows
 
 CENTROIDS = (lorentz_centroids, frechet_centroids)
 
@@ -94,11 +96,12 @@ def test_frechet_mean_is_stationary_after_few_steps(c, mean_d0):
 @pytest.mark.parametrize("c", CURVATURES)
 @pytest.mark.parametrize("kind", CENTROIDS)
 def test_all_clusters_at_once_is_one_by_one(kind, c, monkeypatch):
-    monkeypatch.setattr(means, "_CHUNK_ROWS", 7)
+    in_chunks = partial(ShardedRows, chunk_rows=7)
+    monkeypatch.setattr(means, "ShardedRows", in_chunks)
     x, labels, weights = clusters(c)
     together = kind(x, labels, 4, c, weights)
     assert together.dtype == torch.float64
-    monkeypatch.setattr(means, "_CHUNK_ROWS", 1000)
+    monkeypatch.undo()
     for cluster in (0, 1, 3):
         own = labels == cluster
         if own.any():
@@ -172,7 +175,6 @@ def test_frechet_steps_never_raise_the_sum(max_steps, mean_d0):
         second = frechet_centroids(x, labels, 1, 1.0, start=start, max_steps=max_steps + 1)
         costs = [float(objective(frechet_centroids, x, m[0], 1.0)) for m in (start, first, second)]
         assert costs == sorted(costs, reverse=True) or max(costs) - min(costs) < 1e-9
-        assert max_steps or torch.equal(first, start)
         assert max_steps < 1 or mean_d0 > 1 or costs[1] < costs[0]
 
 

@@ -1,11 +1,14 @@
 """Centroids of clusters of points that lie in chunks, perhaps of several processes.
 
-lorentz: the midpoint; frechet: the minimum of the squared distances. As `lorentz_centroids` and
-`frechet_centroids`, which see all points at once; here no more than a chunk is copied.
+lorentz: the midpoint; frechet: the minimum of the squared distances. Midpoints: Ungar, "Analytic
+Hyperbolic Geometry", 2005; Law, Liao, Snell, Zemel, "Lorentzian Distance Learning for Hyperbolic
+Representations", ICML 2019 (the same point on the hyperboloid). Fréchet means: Karcher's iteration,
+with a step length of our own. No more than a chunk is copied.
 
 Legend: N points, n of a chunk, D dimensions, K clusters, s square root of c, m a centroid.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -52,11 +55,8 @@ def cluster_sums(values: Tensor, labels: Tensor, k: int) -> Tensor:
 def lorentz_parts(x: Tensor, gaps: Tensor) -> Tensor:
     """(n, D + 2): what is summed for midpoints: lambda x, lambda - 1, and 1; lambda = 2 / gap."""
     factor = 2 / gaps
-    parts = x.new_empty(len(x), x.shape[1] + 2, dtype=torch.float64)
-    torch.mul(x, factor[:, None], out=parts[:, :-2])
-    parts[:, -2] = factor - 1
-    parts[:, -1] = 1
-    return parts
+    times = torch.stack([factor - 1, torch.ones_like(factor)], dim=1)
+    return torch.cat([factor[:, None] * x, times], dim=1)
 
 
 def midpoints_of_sums(sums: Tensor, c: float, previous: Tensor) -> Tensor:
@@ -74,21 +74,40 @@ def midpoints_of_sums(sums: Tensor, c: float, previous: Tensor) -> Tensor:
     return torch.where(filled, vectors / torch.where(filled, times + root, 1.0), previous)
 
 
-def lorentz_step(
-    shards: ShardedRows, gaps: Tensor, labels: Tensor, c: float, previous: Tensor
-) -> Tensor:
-    """Midpoints (K, D) of the clusters; `previous` (K, D) for those without points.
+class Members(NamedTuple):
+    """Points in clusters; of this rank's own ones but for the first.
 
-    Args:
+    Attributes:
         shards: the points, float32 or float64.
-        gaps: of this rank's own points, rim_gap.
-        labels: of this rank's own points, int64.
-        previous: (K, D) float64.
+        gaps: (n,) float64, their rim_gap.
+        labels: (n,) int64.
+        weights: (n,) float64, none negative; None: all 1.
     """
+
+    shards: ShardedRows
+    gaps: Tensor
+    labels: Tensor
+    weights: Tensor | None = None
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Points, gaps, labels and weights of each chunk."""
+        points, chunks = self.shards.chunks(), self.shards.chunks
+        weights = (None,) * len(points) if self.weights is None else chunks(self.weights)
+        return zip(points, chunks(self.gaps), chunks(self.labels), weights)
+
+
+def _weighted(parts: Tensor, weights: Tensor | None) -> Tensor:
+    return parts if weights is None else parts * weights[:, None]
+
+
+def lorentz_step(members: Members, c: float, previous: Tensor) -> Tensor:
+    """Midpoints (K, D) of the clusters; `previous` (K, D) float64 for those without points."""
     k, dim = previous.shape
-    chunks = zip(shards.chunks(), shards.chunks(gaps), shards.chunks(labels))
-    parts = (cluster_sums(lorentz_parts(x, gap), label, k) for x, gap, label in chunks)
-    sums = shards.add_up(parts, previous.new_zeros(k, dim + 2))
+    parts = (
+        cluster_sums(_weighted(lorentz_parts(x, gap), weight), label, k)
+        for x, gap, label, weight in members.chunks()
+    )
+    sums = members.shards.add_up(parts, previous.new_zeros(k, dim + 2))
     return midpoints_of_sums(sums, c, previous)
 
 
@@ -126,21 +145,20 @@ def _slope_parts(x: Tensor, gaps: Tensor, m: Tensor, c: float) -> Tensor:
     return parts
 
 
-def _slopes(
-    shards: ShardedRows, gaps: Tensor, labels: Tensor, c: float, m: Tensor, active: Tensor
-) -> _Slopes:
+def _slopes(members: Members, c: float, m: Tensor, active: Tensor) -> _Slopes:
     """At the centroids m (K, D); only points of `active` clusters (K,) bool are looked at."""
     k, dim = m.shape
 
-    def part(x: Tensor, gap: Tensor, label: Tensor) -> Tensor:
+    def part(x: Tensor, gap: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         wanted = active[label]
         if not wanted.all():
             x, gap, label = x[wanted], gap[wanted], label[wanted]
-        return cluster_sums(_slope_parts(x, gap, m[label], c), label, k)
+            weight = None if weight is None else weight[wanted]
+        return cluster_sums(_weighted(_slope_parts(x, gap, m[label], c), weight), label, k)
 
-    chunks = zip(shards.chunks(), shards.chunks(gaps), shards.chunks(labels))
-    sums = shards.add_up((part(*chunk) for chunk in chunks), m.new_zeros(k, dim + 4))
-    count = sums[:, -1:].clamp(min=1)
+    parts = (part(*chunk) for chunk in members.chunks())
+    sums = members.shards.add_up(parts, m.new_zeros(k, dim + 4))
+    count = torch.where(sums[:, -1:] > 0, sums[:, -1:], 1.0)
     gap = rim_gap(m, c)[:, None]
     direction = gap * (gap * sums[:, :-4] - sums[:, -4, None] * m) / count
     stiffness = (sums[:, -2] / count[:, 0]).clamp(min=1)
@@ -167,31 +185,28 @@ def _chosen(better: Tensor, new: _Slopes, old: _Slopes) -> _Slopes:
 
 
 def frechet_step(
-    shards: ShardedRows,
-    gaps: Tensor,
-    labels: Tensor,
-    c: float,
-    previous: Tensor,
-    *,
-    max_steps: int = 20,
-    tol: float = 1e-8,
+    members: Members, c: float, previous: Tensor, *, max_steps: int = 20, tol: float = 1e-8
 ) -> Tensor:
     """Fréchet means (K, D) of all clusters at once; those without points keep `previous`. No
     cluster's sum of squared distances is above that at `previous`, but for rounding.
 
     Each starts at `previous` or its midpoint, where the sum is lower. Steps go along the mean of
-    log_m(x), of length 1 / mean(s d coth(s d)) (spec long_tail.md 3.1), halved where the sum would
-    rise, until the next would be shorter than tol, or max_steps.
+    log_m(x), of length 1 / mean(s d coth(s d)): a length of 1 swings without end for points as far
+    out as 3 (spec long_tail.md 3.1). They are halved where the sum would rise, until the next would
+    be shorter than tol, or max_steps.
 
-    Args: as lorentz_step.
+    Args:
+        members, previous: as for lorentz_step.
+        max_steps: after the start.
+        tol: a hyperbolic length.
     """
     m = previous
     active = torch.ones(len(m), dtype=torch.bool, device=m.device)
-    now = _slopes(shards, gaps, labels, c, m, active)
-    tried = lorentz_step(shards, gaps, labels, c, previous)
+    now = _slopes(members, c, m, active)
+    tried = lorentz_step(members, c, previous)
     scale = torch.ones_like(now.cost)
     for _ in range(max_steps + 1):
-        then = _slopes(shards, gaps, labels, c, tried, active)
+        then = _slopes(members, c, tried, active)
         # Not so for NaN: a point that rounding put onto the rim.
         better = active & (then.cost <= now.cost * (1 + _ROUNDING))
         m = torch.where(better[:, None], tried, m)

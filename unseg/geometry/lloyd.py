@@ -14,6 +14,7 @@ from unseg.geometry.assignment import nearest_centroids
 from unseg.geometry.basics import check_curvature, rim_gap
 from unseg.geometry.centroid_steps import (
     CENTROIDS,
+    Members,
     frechet_step,
     lorentz_step,
     point_costs,
@@ -137,7 +138,7 @@ class KMeansProblem:
 
     def move(self, labels: Tensor, centroids: Tensor) -> Tensor:
         step = frechet_step if self.settings.centroid == "frechet" else lorentz_step
-        return step(self.shards, self.gaps, labels, self.settings.c, centroids)
+        return step(Members(self.shards, self.gaps, labels), self.settings.c, centroids)
 
     def result(self, centroids: Tensor, partition: _Partition, **how: object) -> KMeansResult:
         return KMeansResult(
