@@ -1,4 +1,5 @@
-"""Objects and proposals made of ellipses, in the forms that evaluators take; for proposals.py."""
+"""Objects and proposals made of ellipses, in the forms that evaluators take, and how
+much of everything proposals.py does."""
 
 from dataclasses import dataclass
 
@@ -9,6 +10,43 @@ from measuring import draw_boxes
 from pycocotools import mask as mask_util
 
 from unseg.structures import RLE
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done; the defaults are what the goals are about."""
+
+    rounds: int = 5
+    map_size: tuple[int, int] = (75, 100)
+    windows: tuple[int, ...] = (256, 1000)
+    k: int = 5
+    m: int = 21
+    images: int = 500
+    scenes: int = 25
+    image_size: tuple[int, int] = (480, 640)
+    proposals: int = 1000
+    input_images: int = 3
+    sampled_windows: int = 16
+    head_channels: int = 512
+    head_cells: int = 14
+    head_windows: int = 100
+    head_patches: int = 32
+
+
+QUICK = Sizes(
+    rounds=1,
+    map_size=(20, 30),
+    windows=(16,),
+    images=6,
+    scenes=3,
+    image_size=(96, 128),
+    proposals=40,
+    sampled_windows=2,
+    head_channels=8,
+    head_cells=4,
+    head_windows=5,
+    head_patches=2,
+)
 
 
 @dataclass(frozen=True)

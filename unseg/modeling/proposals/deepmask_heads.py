@@ -9,6 +9,7 @@ Legend: B images, C channels of the trunk, h w cells of its map, k cells per sid
 h' = h - k + 1 and w' = w - k + 1 windows, N chosen windows, m mask pixels per side, E embedding.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import fvcore.nn.weight_init as weight_init
@@ -53,6 +54,34 @@ def convolve_at(features: Tensor, locations: Tensor, conv: nn.Conv2d) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+@dataclass(frozen=True)
+class HeadSizes:
+    """Of a head's layers; see :class:`DeepMaskHead`."""
+
+    in_channels: int
+    cells: int
+    out_size: int
+    embed_dim: int
+    reduce_dim: int
+    score_hidden: int
+    dropout: float
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "in_channels": self.in_channels,
+            "cells (INPUT_SIZE / stride)": self.cells,
+            "OUT_SIZE": self.out_size,
+            "EMBED_DIM": self.embed_dim,
+            "REDUCE_DIM": self.reduce_dim,
+            "SCORE_HIDDEN": self.score_hidden,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"DeepMask's head: {name} must be positive, got {size}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"MODEL.DEEPMASK.DROPOUT must be in [0, 1), got {self.dropout}")
+
+
 class ScoreLayers(nn.Module):
     """Dropout, 1x1 convolution, ReLU and the same again, without a ReLU: (B, E, h', w') to
     (B, 1, h', w')."""
@@ -74,9 +103,9 @@ class PooledScoreLayers(ScoreLayers):
     windows at once: the pool with stride 1, and the same weights with dilation 2.
     """
 
-    def __init__(self, in_channels: int, cells: int, embed_dim: int, hidden: int, dropout: float):
-        super().__init__(embed_dim, hidden, dropout)
-        self.embed = nn.Conv2d(in_channels, embed_dim, cells // 2, dilation=2)
+    def __init__(self, sizes: HeadSizes):
+        super().__init__(sizes.embed_dim, sizes.score_hidden, sizes.dropout)
+        self.embed = nn.Conv2d(sizes.in_channels, sizes.embed_dim, sizes.cells // 2, dilation=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.relu(self.embed(F.max_pool2d(x, 2, stride=1))))
@@ -120,33 +149,14 @@ class DeepMaskHead(nn.Module):
                 the score's pool halves it.
         """
         super().__init__()
-        sizes = {
-            "in_channels": in_channels,
-            "cells (INPUT_SIZE / stride)": cells,
-            "OUT_SIZE": out_size,
-            "EMBED_DIM": embed_dim,
-            "REDUCE_DIM": reduce_dim,
-            "SCORE_HIDDEN": score_hidden,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"DeepMask's head: {name} must be positive, got {size}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"MODEL.DEEPMASK.DROPOUT must be in [0, 1), got {dropout}")
         self.cells = cells
         self.out_size = out_size
-        self._build(in_channels, cells, embed_dim, reduce_dim, score_hidden, dropout)
+        self._build(
+            HeadSizes(in_channels, cells, out_size, embed_dim, reduce_dim, score_hidden, dropout)
+        )
         self._init_weights()
 
-    def _build(
-        self,
-        in_channels: int,
-        cells: int,
-        embed_dim: int,
-        reduce_dim: int,
-        score_hidden: int,
-        dropout: float,
-    ) -> None:
+    def _build(self, sizes: HeadSizes) -> None:
         """Make the layers `mask` and `score`, and what they need besides."""
         raise NotImplementedError
 
@@ -203,19 +213,11 @@ class SharedHead(DeepMaskHead):
 
     kind = "shared"
 
-    def _build(
-        self,
-        in_channels: int,
-        cells: int,
-        embed_dim: int,
-        reduce_dim: int,
-        score_hidden: int,
-        dropout: float,
-    ) -> None:
-        self.reduce = nn.Conv2d(in_channels, reduce_dim, 1)
-        self.embed = nn.Conv2d(reduce_dim, embed_dim, cells)
-        self.mask = nn.Conv2d(embed_dim, self.out_size**2, 1)
-        self.score = ScoreLayers(embed_dim, score_hidden, dropout)
+    def _build(self, sizes: HeadSizes) -> None:
+        self.reduce = nn.Conv2d(sizes.in_channels, sizes.reduce_dim, 1)
+        self.embed = nn.Conv2d(sizes.reduce_dim, sizes.embed_dim, sizes.cells)
+        self.mask = nn.Conv2d(sizes.embed_dim, sizes.out_size**2, 1)
+        self.score = ScoreLayers(sizes.embed_dim, sizes.score_hidden, sizes.dropout)
 
     def mask_branch(self) -> list[nn.Module]:
         return [self.mask]
@@ -243,20 +245,12 @@ class PaperHead(DeepMaskHead):
 
     kind = "paper"
 
-    def _build(
-        self,
-        in_channels: int,
-        cells: int,
-        embed_dim: int,
-        reduce_dim: int,
-        score_hidden: int,
-        dropout: float,
-    ) -> None:
-        _check_even(cells)
-        self.reduce = nn.Conv2d(in_channels, reduce_dim, 1)
-        self.embed = nn.Conv2d(reduce_dim, embed_dim, cells)
-        self.mask = nn.Conv2d(embed_dim, self.out_size**2, 1)
-        self.score = PooledScoreLayers(in_channels, cells, embed_dim, score_hidden, dropout)
+    def _build(self, sizes: HeadSizes) -> None:
+        _check_even(sizes.cells)
+        self.reduce = nn.Conv2d(sizes.in_channels, sizes.reduce_dim, 1)
+        self.embed = nn.Conv2d(sizes.reduce_dim, sizes.embed_dim, sizes.cells)
+        self.mask = nn.Conv2d(sizes.embed_dim, sizes.out_size**2, 1)
+        self.score = PooledScoreLayers(sizes)
 
     def mask_branch(self) -> list[nn.Module]:
         return [self.reduce, self.embed, self.mask]
@@ -278,18 +272,10 @@ class FullHead(DeepMaskHead):
 
     kind = "full"
 
-    def _build(
-        self,
-        in_channels: int,
-        cells: int,
-        embed_dim: int,
-        reduce_dim: int,
-        score_hidden: int,
-        dropout: float,
-    ) -> None:
-        _check_even(cells)
-        self.mask = nn.Conv2d(in_channels, self.out_size**2, cells)
-        self.score = PooledScoreLayers(in_channels, cells, embed_dim, score_hidden, dropout)
+    def _build(self, sizes: HeadSizes) -> None:
+        _check_even(sizes.cells)
+        self.mask = nn.Conv2d(sizes.in_channels, sizes.out_size**2, sizes.cells)
+        self.score = PooledScoreLayers(sizes)
 
     def mask_branch(self) -> list[nn.Module]:
         return [self.mask]
