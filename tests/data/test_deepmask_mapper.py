@@ -287,8 +287,11 @@ def test_patches_of_testing_depend_on_the_image_alone(make_record, register):
     (batch,) = build_test_loader(cfg, name)
     assert torch.equal(batch[0]["patches"], first["patches"])
     del record["annotations"]
+    alone = mapped(record, cfg, is_train=False)
+    assert set(alone) == {"file_name", "image_id", "height", "width", "image"}
+    assert torch.equal(alone["image"], first["image"])
     with pytest.raises(ValueError, match=r"a\.png: .*needs 'annotations'"):
-        mapped(record, cfg, is_train=False)
+        mapped(record, cfg)
 
 
 @pytest.fixture

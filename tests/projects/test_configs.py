@@ -8,7 +8,7 @@ from quick import ROOT, quick_config, quick_overrides, words, write_pool, write_
 
 from unseg.config import load_config
 from unseg.data import register_datasets_in_config
-from unseg.engine import PseudoMaskJob, Trainer, images_of_dataset, main
+from unseg.engine import ProposalFilesJob, PseudoMaskJob, Trainer, images_of_dataset, main
 from unseg.modeling import FreeSOLO, MaskDiscovery, find_exemplar_head
 
 CONFIGS = sorted((ROOT / "projects").glob("*/configs/*.yaml"))
@@ -109,6 +109,18 @@ def test_config_is_read_without_other_repositories(path):
     cfg = load_config(str(path))
     if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and cfg.INPUT.CLASS_AGNOSTIC:
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["DeepMask/configs/deepmask_tiny", "InstanceFCN/configs/instance_fcn_tiny"]
+)
+def test_proposals_are_exported(name, tmp_path):
+    """With the configs that they are trained by, of images without annotations."""
+    cfg = quick_config(ROOT / f"projects/{name}.yaml", tmp_path)
+    job = ProposalFilesJob(cfg, images_of_dataset("quick_val"), tmp_path / "proposals")
+    job.start(resume=False)
+    job.run(build_model(cfg))
+    assert job.collect_if_complete().images == 2
 
 
 # Configs of FreeSOLO and of what is built on it, whose weights are the same.

@@ -101,17 +101,17 @@ class DeepMaskPatchMapper:
         Returns:
             a copy without ``annotations``, with
 
-            - in training, or with `with_patches`: ``patches`` float32 (P, 3, w, w), pixel values
-              from 0 to 255, 127.5 outside of the image; ``patch_masks`` int8 (P, g, g), the
-              object's own mask as +1 and -1, all 0 for negatives; ``patch_labels`` int8 (P,), +1
-              and -1; see :func:`unseg.data.patches.draw_patches`;
+            - in training, or with `with_patches` if there are ``annotations``: ``patches`` float32
+              (P, 3, w, w), pixel values from 0 to 255, 127.5 outside of the image; ``patch_masks``
+              int8 (P, g, g), the object's own mask as +1 and -1, all 0 for negatives;
+              ``patch_labels`` int8 (P,), +1 and -1; see :func:`unseg.data.patches.draw_patches`;
             - in testing: ``image`` uint8 (3, H, W).
 
         Raises:
             ImageReadError: the image cannot be read.
             SizeMismatchError: its size is not the one in the dict.
-            ValueError: patches are wanted and ``annotations`` are missing (an empty list is not),
-                an annotation has no mask or a malformed one, or ``annotation_index`` is none of a
+            ValueError: in training ``annotations`` are missing (an empty list is not); an
+                annotation has no mask or a malformed one; or ``annotation_index`` is none of a
                 usable object.
         """
         dataset_dict = copy.copy(dataset_dict)
@@ -122,7 +122,8 @@ class DeepMaskPatchMapper:
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
         if not self.is_train:
             dataset_dict["image"] = image
-        if self.is_train or self.with_patches:
+        # The images of unseg.tools.export_proposals come without annotations, and want no patches.
+        if self.is_train or (self.with_patches and annotations is not None):
             rng = self._generator(dataset_dict.get("image_id"))
             try:
                 dataset_dict |= self._patches(image, annotations, chosen, rng)
