@@ -12,7 +12,7 @@ from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import ImageList
 from embedding_cases import zoo_config
-from test_regions import covered_slowly
+from region_cases import covered_slowly
 from torch import nn
 from torchvision.ops import roi_align
 
