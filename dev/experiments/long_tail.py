@@ -26,13 +26,12 @@ Killed, the same command line goes on; processes with the same command line shar
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from report import Results, write_report
-from runner import ROOT, Experiment, ExperimentError, Step, experiment_parser, say
+from runner import ROOT, Step, experiment_parser, run_and_report
 
 MEASURE = Path(__file__).with_name("long_tail_measures.py")
 PROJECT = ROOT / "projects/LongTail"
@@ -209,20 +208,8 @@ def main() -> None:
     """Entry point."""
     args = parse_arguments()
     settings = {"training set": args.train, "data set": args.data, "overrides": args.words}
-    failure = None
-    try:
-        experiment = Experiment(args.output, settings)
-        plan = Plan(args.output, args.train, args.data, args.arms, args.words)
-        try:
-            experiment.run(plan.steps(args.seeds))
-        finally:
-            made = tables(args.output, experiment.results(), settings)
-            for name, table in made.items():
-                say(f"\n## {name}: {args.data}\n\n{table}")
-    except ExperimentError as error:
-        failure = str(error)
-    if failure:
-        sys.exit(f"\n{failure}")
+    plan = Plan(args.output, args.train, args.data, args.arms, args.words)
+    run_and_report(args.output, settings, plan.steps(args.seeds), tables)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,34 @@ def experiment_parser(doc: str, output: Path, arms: Sequence[str]) -> argparse.A
     return parser
 
 
+def run_and_report(
+    folder: Path,
+    settings: dict[str, Any],
+    steps: Sequence[Step],
+    tables: Callable[[Path, Results, dict[str, Any]], Mapping[str, str]],
+) -> None:
+    """Do the steps and say the tables of all that has been measured; failures end the process.
+
+    Args:
+        folder, settings: see Experiment.
+        steps: what to do.
+        tables: writes the report of (folder, results, settings); tables by name.
+    """
+    failure = None
+    try:
+        experiment = Experiment(folder, settings)
+        try:
+            experiment.run(steps)
+        finally:
+            made = tables(folder, experiment.results(), settings)
+            for name, table in made.items():
+                say(f"\n## {name}: {settings['data set']}\n\n{table}")
+    except ExperimentError as error:
+        failure = str(error)
+    if failure:
+        sys.exit(f"\n{failure}")
+
+
 def say(text: str) -> None:
     """Print at once, also into a pipe."""
     sys.stdout.write(text + "\n")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from torch import nn
@@ -207,6 +208,39 @@ class DatasetJob(ABC, Generic[_T]):
             None if units are still missing (the log says how many) or another process collected.
         """
         return collect_if_complete(self.work_dir, self.output, self.collect)
+
+
+class EntriesOfModel:
+    """A :meth:`DatasetJob.processor` that keeps an entry of every image of a unit, under its
+    number; None of images that could not be read."""
+
+    def __init__(self, model: nn.Module, entry: Callable[[Any, tuple[int, int]], Any]):
+        """
+        Args:
+            model: Detectron2's.
+            entry: a JSON-able entry of the model's output for an image of (H, W) pixels. Its
+                ValueErrors are raised with the name of the image's file.
+        """
+        self.model = model.eval()
+        self.entry = entry
+
+    @torch.no_grad()
+    def __call__(self, loaded: LoadedUnit) -> tuple[dict[str, Any], int]:
+        good = [(index, x) for index, x in loaded if x is not None]
+        inputs = [x for _, x in good]
+        outputs = self.model(inputs) if inputs else []
+        if len(outputs) != len(inputs):
+            names = ", ".join(x["file_name"] for x in inputs)
+            raise ValueError(
+                f"the model returned {len(outputs)} outputs for {len(inputs)} images: {names}"
+            )
+        entries: dict[str, Any] = {str(index): None for index, x in loaded if x is None}
+        for (index, x), output in zip(good, outputs, strict=True):
+            try:
+                entries[str(index)] = self.entry(output, (x["height"], x["width"]))
+            except ValueError as error:
+                raise ValueError(f"{x['file_name']}: {error}") from error
+        return entries, len(loaded)
 
 
 def collect_if_complete(

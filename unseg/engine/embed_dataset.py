@@ -26,7 +26,13 @@ from unseg.data import (
     register_if_file,
 )
 from unseg.data.embeddings import remove_store
-from unseg.engine.dataset_job import DatasetJob, ImageSource, LoadedUnit, entries_in_order
+from unseg.engine.dataset_job import (
+    DatasetJob,
+    EntriesOfModel,
+    ImageSource,
+    LoadedUnit,
+    entries_in_order,
+)
 from unseg.engine.embedded_objects import (
     HEADS,
     Objects,
@@ -60,31 +66,6 @@ class EmbeddingCounts:
     images_without_objects: int
     unreadable_images: int
     left_out_annotations: int
-
-
-class _Finder:
-    """Runs the model on a loaded unit and keeps what it finds."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model.eval()
-
-    @torch.no_grad()
-    def __call__(self, loaded: LoadedUnit) -> tuple[dict[str, Any], int]:
-        good = [(index, x) for index, x in loaded if x is not None]
-        inputs = [x for _, x in good]
-        outputs = self.model(inputs) if inputs else []
-        if len(outputs) != len(inputs):
-            names = ", ".join(x["file_name"] for x in inputs)
-            raise ValueError(
-                f"the model returned {len(outputs)} outputs for {len(inputs)} images: {names}"
-            )
-        entries: dict[str, Any] = {str(index): None for index, x in loaded if x is None}
-        for (index, x), output in zip(good, outputs, strict=True):
-            try:
-                entries[str(index)] = to_entry(*found_objects(output, (x["height"], x["width"])))
-            except ValueError as error:
-                raise ValueError(f"{x['file_name']}: {error}") from error
-        return entries, len(loaded)
 
 
 class _AnnotationEmbedder:
@@ -221,7 +202,7 @@ class EmbeddingJob(DatasetJob[EmbeddingCounts]):
     def processor(self, model: nn.Module) -> Callable[[LoadedUnit], tuple[Any, int]]:
         """Embeds the objects of a unit."""
         if self.annotations is None:
-            return _Finder(model)
+            return EntriesOfModel(model, lambda *x: to_entry(*found_objects(*x)))
         return _AnnotationEmbedder(model, self.annotations)
 
     def collect(self) -> EmbeddingCounts:

@@ -26,7 +26,7 @@ from detectron2.structures import BoxMode, Instances
 from torch import Tensor, nn
 
 from unseg.checkpoint import atomic_write
-from unseg.engine.dataset_job import DatasetJob, ImageSource, LoadedUnit, entries_in_order
+from unseg.engine.dataset_job import DatasetJob, EntriesOfModel, ImageSource, entries_in_order
 from unseg.engine.find_masks import run_job
 from unseg.evaluation.coco_records import to_rle
 from unseg.evaluation.predicted_masks import encode_predicted_masks, tight_boxes
@@ -151,32 +151,6 @@ def encode_masks_of(masks: Any, size: tuple[int, int]) -> list[RLE]:
     return encoded
 
 
-class _Proposer:
-    """Runs the model on a loaded unit and makes its proposals JSON-able."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model.eval()
-
-    @torch.no_grad()
-    def __call__(self, loaded: LoadedUnit) -> tuple[dict[str, Any], int]:
-        good = [(index, x) for index, x in loaded if x is not None]
-        inputs = [x for _, x in good]
-        outputs = self.model(inputs) if inputs else []
-        if len(outputs) != len(inputs):
-            names = ", ".join(x["file_name"] for x in inputs)
-            raise ValueError(
-                f"the model returned {len(outputs)} outputs for {len(inputs)} images: {names}"
-            )
-        entries: dict[str, Any] = {str(index): None for index, x in loaded if x is None}
-        for (index, x), output in zip(good, outputs, strict=True):
-            try:
-                found = proposals_of(output, (x["height"], x["width"]))
-            except ValueError as error:
-                raise ValueError(f"{x['file_name']}: {error}") from error
-            entries[str(index)] = _to_entry(found)
-        return entries, len(loaded)
-
-
 def _to_entry(found: RankedProposals) -> dict[str, Any]:
     entry = {
         "boxes": base64.b64encode(found.boxes.astype("<f4").tobytes()).decode(),
@@ -238,9 +212,9 @@ class ProposalFilesJob(DatasetJob[ProposalCounts]):
         ours = manifest.get("format") == _FORMAT and manifest.get("unseg") == self.info
         return ours and all((self.output / name).is_file() for name in names)
 
-    def processor(self, model: nn.Module) -> _Proposer:
+    def processor(self, model: nn.Module) -> EntriesOfModel:
         """Finds the proposals of a unit."""
-        return _Proposer(model)
+        return EntriesOfModel(model, lambda *x: _to_entry(proposals_of(*x)))
 
     def collect(self) -> ProposalCounts:
         """Write the files from the finished units and remove the work folder.
